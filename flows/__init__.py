@@ -1,0 +1,1 @@
+"""The flow room: Prefect flows, Ray actors, command line and reports."""

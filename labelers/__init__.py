@@ -1,0 +1,1 @@
+"""The labeler room: specialist networks that turn images into pseudo labels."""

@@ -1,0 +1,117 @@
+"""What a labeler is: a class in one file that maps a batch of images to labels.
+
+It names its modality and its inputs, loads its network in `load`, and knows nothing of storage,
+crops of other labelers, or tokens. Register it and the flow, the shards and training know it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fourmill.checkpoints import Checkpoint, resolve
+from fourmill.errors import ConfigError, nearest
+from fourmill.labels import Label
+from fourmill.modality import Modality
+from fourmill.registry import Registry
+
+labelers: Registry[Labeler] = Registry("labeler", "fourmill.labelers", group="fourmill.labelers")
+register = labelers.register
+
+
+@dataclass(frozen=True, slots=True)
+class LabelerSettings:
+    """What the configuration says about one labeler, and where it runs."""
+
+    modality: str  # the key under `modalities:`
+    model: str | None = None  # folder, hub id or "shipped:NAME"; None: the labeler's default
+    revision: str | None = None
+    precision: str = "fp32"
+    device: str = "cpu"
+    image_size: int = 224  # side of a crop in pixels
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelBatch:
+    """B rows of one shard. Rows that were set aside hold a blank (black) image and ``present`` False.
+
+    ``frames``: uint8 (H, W, 3) RGB per row, the whole image in the dataset's decode frame.
+    ``crops``: uint8 (B, n_crops, S, S, 3), given to labelers whose inputs name "crops".
+    ``truth``: per row the source's ground truth by modality name, given where inputs name "truth".
+    ``upstream``: labels of the modalities that inputs name as "label:<modality>".
+    Arrays may be read-only: copy before writing.
+    """
+
+    keys: Sequence[str]
+    frames: Sequence[np.ndarray]
+    present: np.ndarray
+    captions: Sequence[Sequence[str]] = ()
+    crops: np.ndarray | None = None
+    truth: Sequence[Mapping[str, Any] | None] = ()
+    upstream: Mapping[str, Sequence[Label]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+class Labeler(ABC):
+    """Base class. Class attributes say what it is; `load` and `label` do the work.
+
+    Raise ``version`` whenever the same weights and parameters would give other labels.
+    ``sees`` "image": one label per image, in the frame of the whole image, cropped afterwards by the
+    engine. "crops": one label per crop, list in row-major (row, crop) order.
+    """
+
+    version: ClassVar[int] = 1
+    modality: ClassVar[Modality]
+    inputs: ClassVar[tuple[str, ...]] = ("image",)
+    sees: ClassVar[str] = "image"
+    default_model: ClassVar[str | None] = None
+    #: options that the configuration may set beside the common ones, with their defaults
+    options: ClassVar[Mapping[str, Any]] = {}
+    batch_size: ClassVar[int] = 16
+
+    def __init__(self, settings: LabelerSettings) -> None:
+        self.settings = settings
+        self.where = f"modalities.{settings.modality}"
+        for name in settings.options:
+            if name not in self.options:
+                raise ConfigError(f"{self.where}.{name}: unknown option{nearest(name, self.options)}")
+        self.params: dict[str, Any] = {**self.options, **settings.options}
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The weights, or None for a labeler without a network."""
+        model = self.settings.model or self.default_model
+        return None if model is None else resolve(model, self.settings.revision, f"{self.where}.model")
+
+    def upstream_modalities(self) -> tuple[str, ...]:
+        return tuple(name.removeprefix("label:") for name in self.inputs if name.startswith("label:"))
+
+    def describe(self) -> Modality:
+        """The modality with what the checkpoint's configuration adds (class names, channels). Reads no weights."""
+        return self.modality
+
+    def load(self) -> None:
+        """Load the network. Heavy imports belong here. Called once, before `label`."""
+        return None
+
+    @abstractmethod
+    def label(self, batch: LabelBatch) -> list[Label]:
+        """One label per row (or per row and crop), `Absent` where none can be made."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything chosen here that determines the labels; enters the label recipe."""
+        checkpoint = self.checkpoint
+        return {
+            "labeler": type(self).__name__,
+            "version": self.version,
+            "weights": checkpoint.identity if checkpoint else None,
+            "precision": self.settings.precision,
+            "params": self.params,
+        }

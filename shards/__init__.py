@@ -1,0 +1,1 @@
+"""The shard room: sources, shard files, receipts and snapshots on any fsspec URL."""

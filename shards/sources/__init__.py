@@ -1,0 +1,1 @@
+"""Sources: one file per kind of image-caption collection."""

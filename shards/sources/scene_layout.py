@@ -1,0 +1,288 @@
+"""What a rendered scene consists of, drawn from (seed, index) alone: camera, light, room and objects.
+
+World frame: x right, y up, z forward along the camera's heading, metres; the camera stands at (0, height, 0) and is
+pitched downwards, so "camera yaw" is the yaw of the room around it. Every parameter comes from the raw 64-bit words
+of a Philox generator and is derived with correctly rounded operations only. Angles are drawn as the tangent of their
+half, which gives exactly orthonormal sines and cosines without the C library's sin and cos.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+VERSION = 1
+TEXTURES = ("plain", "checkered", "striped", "speckled")
+KINDS = ("sphere", "box", "cylinder")
+SIZES = ("small", "medium", "large")
+
+Rgb: TypeAlias = tuple[float, float, float]
+
+OBJECT_COLOURS: dict[str, Rgb] = {
+    "red": (0.86, 0.13, 0.12),
+    "green": (0.13, 0.62, 0.20),
+    "blue": (0.13, 0.27, 0.86),
+    "yellow": (0.96, 0.85, 0.12),
+    "orange": (0.96, 0.50, 0.08),
+    "purple": (0.50, 0.18, 0.68),
+    "pink": (0.97, 0.50, 0.70),
+    "cyan": (0.15, 0.78, 0.86),
+    "brown": (0.45, 0.27, 0.14),
+    "white": (0.95, 0.95, 0.95),
+    "black": (0.10, 0.10, 0.11),
+}
+SURFACE_COLOURS: dict[str, Rgb] = {
+    "grey": (0.62, 0.62, 0.64),
+    "white": (0.92, 0.92, 0.90),
+    "beige": (0.87, 0.78, 0.62),
+    "brown": (0.60, 0.43, 0.29),
+    "green": (0.52, 0.70, 0.48),
+    "blue": (0.49, 0.63, 0.82),
+    "pink": (0.88, 0.65, 0.68),
+    "yellow": (0.90, 0.82, 0.48),
+    "purple": (0.66, 0.56, 0.78),
+    "teal": (0.38, 0.63, 0.62),
+}
+_HALF_EXTENT_M = {"small": (0.17, 0.26), "medium": (0.33, 0.46), "large": (0.56, 0.80)}
+
+
+class Draws:
+    """Uniform numbers from a counter-based stream that is a function of (version, seed, index, purpose)."""
+
+    def __init__(self, seed: int, index: int, purpose: str) -> None:
+        text = f"fourmill scenes/{VERSION}/{seed}/{index}/{purpose}"
+        key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+        self._bits = np.random.Philox(key=key)
+
+    def unit(self) -> float:
+        """The next number in [0, 1), 53 bits."""
+        return (int(self._bits.random_raw()) >> 11) * 2.0**-53
+
+    def between(self, low: float, high: float) -> float:
+        return low + (high - low) * self.unit()
+
+    def below(self, count: int) -> int:
+        return int(self.unit() * count)
+
+
+@dataclass(frozen=True, slots=True)
+class Camera:
+    height: float
+    sin_pitch: float  # positive looks down
+    cos_pitch: float
+    tan_half_fov: float
+
+    def project(self, x: float, y: float, z: float) -> tuple[float, float, float]:
+        """World point to (u, v, depth): u, v are slopes right and up of the optical axis, depth is along it."""
+        rise = y - self.height
+        depth = z * self.cos_pitch - rise * self.sin_pitch
+        safe = depth if depth > 1e-9 else 1e-9
+        return x / safe, (rise * self.cos_pitch + z * self.sin_pitch) / safe, depth
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """How a floor or a wall is painted."""
+
+    colour: str
+    rgb: Rgb
+    texture: str
+    cell_m: float  # edge of a checker field, width of a stripe, grain of the speckle
+    contrast: float  # the dark parts have (1 - contrast) of the brightness
+    sin: float  # rotation of the pattern in the surface
+    cos: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wall:
+    """A vertical plane of unlimited height; (nx, nz) is the unit normal towards the camera's side."""
+
+    nx: float
+    nz: float
+    distance: float  # from the camera, metres
+    paint: int  # index into Layout.paints
+
+
+@dataclass(frozen=True, slots=True)
+class Light:
+    """Direction towards the light (positional 0) or its position (positional 1)."""
+
+    x: float
+    y: float
+    z: float
+    positional: float
+    ambient: float
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An object that stands on the floor."""
+
+    kind: str
+    size: str
+    colour: str
+    rgb: Rgb
+    x: float
+    z: float
+    half_x: float  # radius of spheres and cylinders
+    half_z: float
+    height: float
+    sin: float = 0.0  # yaw, boxes only
+    cos: float = 1.0
+
+    @property
+    def reach(self) -> float:
+        """Radius of the smallest upright cylinder around the object."""
+        if self.kind == "box":
+            return math.sqrt(self.half_x * self.half_x + self.half_z * self.half_z)
+        return self.half_x
+
+    def corners(self) -> list[tuple[float, float, float]]:
+        """The eight corners of a box around the object, world frame."""
+        ground = [
+            (self.x + self.cos * a + self.sin * b, self.z - self.sin * a + self.cos * b)
+            for a in (-self.half_x, self.half_x)
+            for b in (-self.half_z, self.half_z)
+        ]
+        return [(x, y, z) for x, z in ground for y in (0.0, self.height)]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    camera: Camera
+    light: Light
+    room: str  # "open", "corner" or "room"
+    walls: tuple[Wall, ...]
+    floor: Surface
+    paints: tuple[Surface, ...]  # of the walls
+    items: tuple[Item, ...]
+
+
+def rotation(half_tangent: float) -> tuple[float, float]:
+    """(sin, cos) of the angle whose half has this tangent."""
+    square = half_tangent * half_tangent
+    return 2.0 * half_tangent / (1.0 + square), (1.0 - square) / (1.0 + square)
+
+
+def draw_layout(seed: int, index: int) -> Layout:
+    """All parameters of one scene. The order of the draws is part of version 1."""
+    draws = Draws(seed, index, "layout")
+    sin_pitch, cos_pitch = rotation(draws.between(0.02, 0.24))  # 2 to 27 degrees down
+    camera = Camera(
+        height=draws.between(0.7, 2.5),
+        sin_pitch=sin_pitch,
+        cos_pitch=cos_pitch,
+        tan_half_fov=draws.between(0.41421356, 0.76732699),  # 45 to 75 degrees
+    )
+    room, walls = _draw_walls(draws)
+    floor = _draw_surface(draws, SURFACE_COLOURS, None)
+    first = _draw_surface(draws, SURFACE_COLOURS, floor.colour)
+    second = _draw_surface(draws, SURFACE_COLOURS, floor.colour)
+    paints = (first, second if draws.unit() < 0.4 else first)
+    light = _draw_light(draws)
+    items = _draw_items(draws, camera, walls)
+    return Layout(camera, light, room, walls, floor, paints, items)
+
+
+def _draw_walls(draws: Draws) -> tuple[str, tuple[Wall, ...]]:
+    """One far wall, a corner of two, or a back wall between two side walls."""
+    choice = draws.unit()
+    if choice < 0.3:
+        sin, cos = rotation(draws.between(-0.15, 0.15))
+        return "open", (Wall(sin, -cos, draws.between(2.6, 8.5), 0),)
+    if choice < 0.65:
+        sin, cos = rotation(draws.between(0.12, 0.62))
+        far, near = draws.between(2.4, 7.0), draws.between(2.4, 7.0)
+        return "corner", (Wall(-sin, -cos, far, 0), Wall(cos, -sin, near, 1))
+    sin, cos = rotation(draws.between(-0.16, 0.16))
+    back = Wall(sin, -cos, draws.between(2.6, 9.0), 0)
+    left = Wall(cos, sin, draws.between(1.4, 4.0), 1)
+    right = Wall(-cos, -sin, draws.between(1.4, 4.0), 1)
+    return "room", (back, left, right)
+
+
+def _draw_surface(draws: Draws, palette: dict[str, Rgb], avoid: str | None) -> Surface:
+    names = [name for name in palette if name != avoid]
+    colour = names[draws.below(len(names))]
+    texture = TEXTURES[draws.below(len(TEXTURES))]
+    cell = draws.between(0.25, 0.75) * (0.14 if texture == "speckled" else 1.0)
+    contrast = draws.between(0.3, 0.6)
+    sin, cos = rotation(draws.between(-0.5, 0.5))
+    return Surface(colour, _jitter(draws, palette[colour]), texture, cell, contrast, sin, cos)
+
+
+def _jitter(draws: Draws, rgb: Rgb) -> Rgb:
+    """The named colour, a little off."""
+    gain = draws.between(0.92, 1.05)
+    red, green, blue = (min(1.0, c * gain + draws.between(-0.025, 0.025)) for c in rgb)
+    return max(0.03, red), max(0.03, green), max(0.03, blue)
+
+
+def _draw_light(draws: Draws) -> Light:
+    """A sun behind the camera's plane, or a lamp above the scene; higher than any object either way."""
+    ambient = draws.between(0.48, 0.62)
+    if draws.unit() < 0.5:
+        sin, cos = rotation(draws.between(-0.9, 0.9))
+        x, y, z = sin, draws.between(0.8, 2.2), -cos
+        length = math.sqrt(x * x + y * y + z * z)
+        return Light(x / length, y / length, z / length, 0.0, ambient)
+    return Light(draws.between(-3.0, 3.0), draws.between(3.4, 5.5), draws.between(-2.0, 3.0), 1.0, ambient)
+
+
+def _draw_items(draws: Draws, camera: Camera, walls: tuple[Wall, ...]) -> tuple[Item, ...]:
+    """Two to six objects that stand free of each other, of the walls and of the camera, with their middle in view."""
+    wanted = 2 + draws.below(5)
+    items: list[Item] = []
+    for attempt in range(150):
+        item = _draw_item(draws, camera, walls, shrink=attempt >= 60)
+        if item is not None and all(_apart(item, other) for other in items):
+            items.append(item)
+        if len(items) == wanted or (attempt >= 60 and len(items) >= 2):
+            break
+    return tuple(items)
+
+
+def _draw_item(draws: Draws, camera: Camera, walls: tuple[Wall, ...], shrink: bool) -> Item | None:
+    """One candidate, or None where it doesn't fit; always the same number of draws."""
+    kind, size = KINDS[draws.below(3)], SIZES[draws.below(3)]
+    colour = list(OBJECT_COLOURS)[draws.below(len(OBJECT_COLOURS))]
+    rgb = _jitter(draws, OBJECT_COLOURS[colour])
+    size = "small" if shrink else size
+    half = draws.between(*_HALF_EXTENT_M[size])
+    a, b, c = draws.unit(), draws.unit(), draws.unit()
+    sin, cos = rotation(draws.between(-1.0, 1.0))
+    slope = draws.between(-0.9, 0.9) * camera.tan_half_fov
+    limit = min(w.distance / -(w.nx * slope + w.nz) for w in walls if w.nx * slope + w.nz < -1e-3)
+    z = 0.9 + (limit - 0.9) * draws.unit()
+    x = slope * z
+    if kind == "sphere":
+        item = Item(kind, size, colour, rgb, x, z, half, half, 2.0 * half)
+    elif kind == "box":
+        sides = half * (0.75 + 0.4 * a), half * (0.75 + 0.4 * b)
+        item = Item(kind, size, colour, rgb, x, z, *sides, half * (1.3 + 1.5 * c), sin, cos)
+    else:
+        radius = half * (0.6 + 0.3 * a)
+        item = Item(kind, size, colour, rgb, x, z, radius, radius, half * (1.6 + 1.2 * c))
+    return item if _fits(item, camera, walls) else None
+
+
+def _fits(item: Item, camera: Camera, walls: tuple[Wall, ...]) -> bool:
+    reach = item.reach + 0.05
+    if any(w.nx * item.x + w.nz * item.z + w.distance < reach for w in walls):
+        return False
+    if min(camera.project(*corner)[2] for corner in item.corners()) < 0.6:
+        return False
+    u, v, depth = camera.project(item.x, item.height / 2.0, item.z)
+    window = 2.0 * depth * camera.tan_half_fov
+    share = 2.0 * item.reach * item.height / (window * window)  # of the image, about
+    if not 0.008 < share < 0.22:
+        return False
+    return abs(u) < 0.92 * camera.tan_half_fov and abs(v) < 0.9 * camera.tan_half_fov
+
+
+def _apart(item: Item, other: Item) -> bool:
+    dx, dz = item.x - other.x, item.z - other.z
+    gap = item.reach + other.reach + 0.05
+    return dx * dx + dz * dz > gap * gap

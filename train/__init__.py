@@ -1,0 +1,1 @@
+"""The training room: order, masking, the any-to-any model and its trainer."""
