@@ -57,7 +57,7 @@ class Hits:
 
     depth: Array  # float64, metres along the optical axis
     surface: Array  # uint8, surface ids
-    nx: Array  # float64, unit normal in the world frame
+    nx: Array  # float32, unit normal in the world frame
     ny: Array
     nz: Array
     lit: Array = field(default_factory=lambda: np.empty(0, bool))
@@ -120,7 +120,11 @@ def _footprint_of_shadow(item: Item, light: Light) -> list[tuple[float, float, f
     points = []
     for x, y, z in item.corners():
         if y > 0.0:
-            lx, ly, lz = light.x - light.positional * x, light.y - light.positional * y, light.z - light.positional * z
+            lx, ly, lz = (
+                light.x - light.positional * x,
+                light.y - light.positional * y,
+                light.z - light.positional * z,
+            )
             points.append((x - lx * y / ly, 0.0, z - lz * y / ly))
     return points
 
@@ -132,18 +136,16 @@ def _cast_room(layout: Layout, rays: Rays) -> Hits:
         for k, wall in enumerate(layout.walls):
             speed = rays.dx * wall.nx + rays.dz * wall.nz
             reach = np.where(speed < 0.0, -wall.distance / speed, np.inf)
-            closer = reach < depth
-            depth = np.where(closer, reach, depth)
-            surface[closer] = FIRST_WALL + k
+            np.copyto(surface, FIRST_WALL + k, where=reach < depth)
+            np.minimum(depth, reach, out=depth)
         floor = np.where(rays.dy < 0.0, -layout.camera.height / rays.dy, np.inf)
-    closer = floor <= depth
-    depth = np.where(closer, floor, depth)
-    surface[closer] = FLOOR
-    normals = np.zeros((3, 4))
+    np.copyto(surface, FLOOR, where=floor <= depth)
+    np.minimum(depth, floor, out=depth)
+    normals = np.zeros((3, 4), np.float32)
     normals[1, FLOOR] = 1.0
     for k, wall in enumerate(layout.walls):
         normals[0, FIRST_WALL + k], normals[2, FIRST_WALL + k] = wall.nx, wall.nz
-    return Hits(depth, surface, normals[0][surface], normals[1][surface], normals[2][surface])
+    return Hits(depth, surface, *(np.take(row, surface) for row in normals))
 
 
 def _cast_item(item: Item, surface_id: int, camera: Camera, rays: Rays, index: Index, hits: Hits) -> None:
@@ -171,7 +173,9 @@ def _put(target: Array, index: Index, where: Array, values: Array) -> None:
         target[index[where]] = values[where]
 
 
-_Found: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # t (inf = missed), normal, face number
+_Found: TypeAlias = tuple[
+    np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray
+]  # t (inf = missed), normal, face number
 
 
 def _sphere(item: Item, camera: Camera, dx: Array, dy: Array, dz: Array) -> _Found:
@@ -187,7 +191,9 @@ def _sphere(item: Item, camera: Camera, dx: Array, dy: Array, dz: Array) -> _Fou
     return t, nx, ny, nz, np.zeros(t.shape, np.uint8)
 
 
-def _slabs(item: Item, ox: Array | float, oy: Array | float, oz: Array | float, ray: tuple[Array, ...]) -> _Found:
+def _slabs(
+    item: Item, ox: Array | float, oy: Array | float, oz: Array | float, ray: tuple[Array, ...]
+) -> _Found:
     """Entry and exit of a box: (entry, entry x, entry y, entry z, exit), the object's own frame, origin on the floor."""
     dx, dy, dz = ray
     sx, sy, sz = (np.where(d == 0.0, 1e-30, d) for d in (dx, dy, dz))
@@ -237,7 +243,11 @@ def _shadow(item: Item, surface_id: int, layout: Layout, rays: Rays, index: Inde
     dx, dy, dz = rays.directions(index)
     t, surface, light = hits.depth[index], hits.surface[index], layout.light
     x, y, z = t * dx, t * dy + layout.camera.height, t * dz
-    lx, ly, lz = light.x - light.positional * x, light.y - light.positional * y, light.z - light.positional * z
+    lx, ly, lz = (
+        light.x - light.positional * x,
+        light.y - light.positional * y,
+        light.z - light.positional * z,
+    )
     other = (surface & 0xFC) != surface_id
     with np.errstate(divide="ignore", invalid="ignore"):
         if item.kind == "sphere":
@@ -265,56 +275,70 @@ def _shadow(item: Item, surface_id: int, layout: Layout, rays: Rays, index: Inde
 
 
 def shade(layout: Layout, rays: Rays, hits: Hits, size: int) -> Array:
-    """Colours of the hits, float64 of shape (*rays.shape, 3), nominally 0 to 1."""
+    """Colours of the hits, float32 of shape (3, *rays.shape), nominally 0 to 1."""
     light = layout.light
-    x, y, z = hits.depth * rays.dx, hits.depth * rays.dy + layout.camera.height, hits.depth * rays.dz
-    lx, ly, lz = light.x - light.positional * x, light.y - light.positional * y, light.z - light.positional * z
-    towards = hits.nx * lx + hits.ny * ly + hits.nz * lz
+    depth = hits.depth.astype(np.float32)
+    x, z = depth * rays.dx.astype(np.float32), depth * rays.dz.astype(np.float32)
+    y = depth * rays.dy.astype(np.float32) + np.float32(layout.camera.height)
     if light.positional:
-        towards = towards / np.sqrt(lx * lx + ly * ly + lz * lz)
-    direct = np.where(hits.lit, np.maximum(towards, 0.0), 0.0)
-    gain = light.ambient * (0.88 + 0.12 * hits.ny) + (1.12 - light.ambient) * direct
-    footprint = hits.depth * (layout.camera.tan_half_fov * 2.0 / size)
+        lx, ly, lz = np.float32(light.x) - x, np.float32(light.y) - y, np.float32(light.z) - z
+        towards = (hits.nx * lx + hits.ny * ly + hits.nz * lz) / np.sqrt(lx * lx + ly * ly + lz * lz)
+    else:
+        towards = (
+            hits.nx * np.float32(light.x) + hits.ny * np.float32(light.y) + hits.nz * np.float32(light.z)
+        )
+    gain = hits.ny * np.float32(0.12 * light.ambient) + np.float32(0.88 * light.ambient)
+    gain += np.maximum(towards, np.float32(0.0)) * hits.lit * np.float32(1.12 - light.ambient)
     paints = [layout.floor, *(layout.paints[wall.paint] for wall in layout.walls)]
+    flat_surface, flat_gain = hits.surface.ravel(), gain.ravel()
     for surface_id, paint in enumerate(paints):
         if paint.texture == "plain":
             continue
-        chosen = np.nonzero(hits.surface == surface_id)
-        px, pz = x[chosen], z[chosen]
+        chosen = np.flatnonzero(flat_surface == surface_id)
+        px, pz, near = x.ravel()[chosen], z.ravel()[chosen], depth.ravel()[chosen]
+        scale = np.float32(1.0 / paint.cell_m)
         if surface_id == FLOOR:
-            along, across = px * paint.cos - pz * paint.sin, px * paint.sin + pz * paint.cos
-            slant = layout.camera.height / hits.depth[chosen]
+            sin, cos = np.float32(paint.sin), np.float32(paint.cos)
+            along, across = (px * cos - pz * sin) * scale, (px * sin + pz * cos) * scale
+            height = layout.camera.height
         else:
             wall = layout.walls[surface_id - FIRST_WALL]
-            along, across = px * -wall.nz + pz * wall.nx, y[chosen]
-            slant = wall.distance / hits.depth[chosen]
-        spread = footprint[chosen] / np.sqrt(np.minimum(slant, 1.0)) / paint.cell_m
-        gain[chosen] *= 1.0 - paint.contrast * _pattern(paint, along / paint.cell_m, across / paint.cell_m, spread)
-    table = np.zeros((256, 3))
+            along = (px * np.float32(-wall.nz) + pz * np.float32(wall.nx)) * scale
+            across, height = y.ravel()[chosen] * scale, wall.distance
+        # the pixel's width in cells, stretched where the surface is seen at a grazing angle
+        spread = near * np.float32(layout.camera.tan_half_fov * 2.0 / size / paint.cell_m)
+        spread *= np.sqrt(np.maximum(near * np.float32(1.0 / height), np.float32(1.0)))
+        flat_gain[chosen] *= np.float32(1.0) - np.float32(paint.contrast) * _pattern(
+            paint, along, across, spread
+        )
+    table = np.zeros((3, 256), np.float32)
     for surface_id, paint in enumerate(paints):
-        table[surface_id] = paint.rgb
+        table[:, surface_id] = paint.rgb
     for k, item in enumerate(layout.items):
-        table[FIRST_ITEM + 4 * k : FIRST_ITEM + 4 * k + 4] = item.rgb
-    return table[hits.surface] * gain[..., None]
+        table[:, FIRST_ITEM + 4 * k : FIRST_ITEM + 4 * k + 4] = np.array(item.rgb)[:, None]
+    return np.stack([np.take(row, hits.surface) * gain for row in table])
 
 
 def _pattern(paint: Surface, along: Array, across: Array, spread: Array) -> Array:
-    """How dark the paint is, 0 to 1, averaged over a pixel `spread` cells wide so that it fades before it aliases."""
+    """How dark the paint is, 0 to 1 float32, averaged over a pixel `spread` cells wide: it fades before it aliases."""
+    half = np.float32(0.5)
     if paint.texture == "speckled":
-        cells = np.floor(along).astype(np.int64) * 0x27D4EB2F + np.floor(across).astype(np.int64) * 0x165667B1
-        word = (cells & 0xFFFFFFFF).astype(np.uint64)
-        word = ((word ^ (word >> np.uint64(15))) * np.uint64(0x85EBCA6B)) & np.uint64(0xFFFFFFFF)
-        word = ((word ^ (word >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & np.uint64(0xFFFFFFFF)
-        noise = ((word >> np.uint64(8)) & np.uint64(0xFF)).astype(np.float64) / 255.0
-        return 0.5 + (noise - 0.5) / (1.0 + 0.25 * spread * spread)
+        cells = np.floor(along).astype(np.int32).view(np.uint32) * np.uint32(0x27D4EB2F)
+        cells += np.floor(across).astype(np.int32).view(np.uint32) * np.uint32(0x165667B1)
+        cells = (cells ^ (cells >> np.uint32(15))) * np.uint32(0x85EBCA6B)  # modulo 2**32
+        cells = (cells ^ (cells >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        noise = (cells >> np.uint32(24)).astype(np.float32) * np.float32(1.0 / 255.0)
+        return half + (noise - half) / (np.float32(1.0) + np.float32(0.25) * spread * spread)
     wave = _square_wave(along, spread)
     if paint.texture == "checkered":
         wave = wave * _square_wave(across, spread)
-    return 0.5 - 0.5 * wave
+    return half - half * wave
 
 
 def _square_wave(x: Array, width: Array) -> Array:
-    """A square wave of period 2 between -1 and 1, box-filtered over `width`."""
-    low, high = (x - 0.5 * width) * 0.5, (x + 0.5 * width) * 0.5
-    low, high = np.abs(low - np.floor(low) - 0.5), np.abs(high - np.floor(high) - 0.5)
-    return 2.0 * (low - high) / np.maximum(width, 1e-9)
+    """A square wave of period 2 between -1 and 1, box-filtered over `width`; float32."""
+    half = np.float32(0.5)
+    middle, reach = x * half, width * np.float32(0.25)
+    low, high = middle - reach, middle + reach
+    low, high = np.abs(low - np.floor(low) - half), np.abs(high - np.floor(high) - half)
+    return np.float32(2.0) * (low - high) / width

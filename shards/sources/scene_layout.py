@@ -55,10 +55,13 @@ class Draws:
         text = f"fourmill scenes/{VERSION}/{seed}/{index}/{purpose}"
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
         self._bits = np.random.Philox(key=key)
+        self._words: list[int] = []  # a block of the stream, last first
 
     def unit(self) -> float:
         """The next number in [0, 1), 53 bits."""
-        return (int(self._bits.random_raw()) >> 11) * 2.0**-53
+        if not self._words:
+            self._words = self._bits.random_raw(128).tolist()[::-1]
+        return (self._words.pop() >> 11) * 2.0**-53
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * self.unit()
@@ -78,7 +81,7 @@ class Camera:
         """World point to (u, v, depth): u, v are slopes right and up of the optical axis, depth is along it."""
         rise = y - self.height
         depth = z * self.cos_pitch - rise * self.sin_pitch
-        safe = depth if depth > 1e-9 else 1e-9
+        safe = max(1e-09, depth)
         return x / safe, (rise * self.cos_pitch + z * self.sin_pitch) / safe, depth
 
 
@@ -169,14 +172,11 @@ def rotation(half_tangent: float) -> tuple[float, float]:
 def draw_layout(seed: int, index: int) -> Layout:
     """All parameters of one scene. The order of the draws is part of version 1."""
     draws = Draws(seed, index, "layout")
-    sin_pitch, cos_pitch = rotation(draws.between(0.02, 0.24))  # 2 to 27 degrees down
-    camera = Camera(
-        height=draws.between(0.7, 2.5),
-        sin_pitch=sin_pitch,
-        cos_pitch=cos_pitch,
-        tan_half_fov=draws.between(0.41421356, 0.76732699),  # 45 to 75 degrees
-    )
-    room, walls = _draw_walls(draws)
+    while True:
+        camera = _draw_camera(draws)
+        room, walls = _draw_walls(draws)
+        if _sees_floor(camera, walls):
+            break
     floor = _draw_surface(draws, SURFACE_COLOURS, None)
     first = _draw_surface(draws, SURFACE_COLOURS, floor.colour)
     second = _draw_surface(draws, SURFACE_COLOURS, floor.colour)
@@ -184,6 +184,26 @@ def draw_layout(seed: int, index: int) -> Layout:
     light = _draw_light(draws)
     items = _draw_items(draws, camera, walls)
     return Layout(camera, light, room, walls, floor, paints, items)
+
+
+def _draw_camera(draws: Draws) -> Camera:
+    sin_pitch, cos_pitch = rotation(draws.between(0.02, 0.24))  # 2 to 27 degrees down
+    height = draws.between(0.7, 2.5)
+    return Camera(height, sin_pitch, cos_pitch, draws.between(0.41421356, 0.76732699))  # 45 to 75 degrees
+
+
+def _ahead(walls: tuple[Wall, ...], slope: float) -> float:
+    """How far forward the walls are along the ground direction (slope, 1)."""
+    return min(w.distance / -(w.nx * slope + w.nz) for w in walls if w.nx * slope + w.nz < -1e-3)
+
+
+def _sees_floor(camera: Camera, walls: tuple[Wall, ...]) -> bool:
+    """Whether the floor's first visible strip is well before the walls."""
+    drop = camera.tan_half_fov * camera.cos_pitch + camera.sin_pitch
+    first = camera.height * (camera.cos_pitch - camera.tan_half_fov * camera.sin_pitch) / drop
+    slopes = (-0.7 * camera.tan_half_fov, 0.0, 0.7 * camera.tan_half_fov)
+    far = [_ahead(walls, slope) for slope in slopes]
+    return min(far) > 1.1 * first + 0.2 and far[1] > 1.5 * first + 0.5
 
 
 def _draw_walls(draws: Draws) -> tuple[str, tuple[Wall, ...]]:
@@ -254,8 +274,7 @@ def _draw_item(draws: Draws, camera: Camera, walls: tuple[Wall, ...], shrink: bo
     a, b, c = draws.unit(), draws.unit(), draws.unit()
     sin, cos = rotation(draws.between(-1.0, 1.0))
     slope = draws.between(-0.9, 0.9) * camera.tan_half_fov
-    limit = min(w.distance / -(w.nx * slope + w.nz) for w in walls if w.nx * slope + w.nz < -1e-3)
-    z = 0.9 + (limit - 0.9) * draws.unit()
+    z = 0.9 + (_ahead(walls, slope) - 0.9) * draws.unit()
     x = slope * z
     if kind == "sphere":
         item = Item(kind, size, colour, rgb, x, z, half, half, 2.0 * half)
@@ -269,17 +288,17 @@ def _draw_item(draws: Draws, camera: Camera, walls: tuple[Wall, ...], shrink: bo
 
 
 def _fits(item: Item, camera: Camera, walls: tuple[Wall, ...]) -> bool:
-    reach = item.reach + 0.05
-    if any(w.nx * item.x + w.nz * item.z + w.distance < reach for w in walls):
-        return False
-    if min(camera.project(*corner)[2] for corner in item.corners()) < 0.6:
-        return False
     u, v, depth = camera.project(item.x, item.height / 2.0, item.z)
     window = 2.0 * depth * camera.tan_half_fov
     share = 2.0 * item.reach * item.height / (window * window)  # of the image, about
     if not 0.008 < share < 0.22:
         return False
-    return abs(u) < 0.92 * camera.tan_half_fov and abs(v) < 0.9 * camera.tan_half_fov
+    if abs(u) > 0.92 * camera.tan_half_fov or abs(v) > 0.9 * camera.tan_half_fov:
+        return False
+    reach = item.reach + 0.05
+    if any(w.nx * item.x + w.nz * item.z + w.distance < reach for w in walls):
+        return False
+    return min(camera.project(*corner)[2] for corner in item.corners()) > 0.6
 
 
 def _apart(item: Item, other: Item) -> bool:
