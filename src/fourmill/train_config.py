@@ -28,11 +28,11 @@ class MixtureComponent(_Section):
     An alpha of 0 means never; alphas far below 1 put a budget on one modality, far above 1 spread it evenly.
     """
 
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     input_alphas: dict[str, float] = {}  # by modality name
     target_alphas: dict[str, float] = {}
-    default_alpha: float = Field(0.5, ge=0)  # of the modalities that neither table names
-    default_input_alpha: float | None = Field(None, ge=0)  # the same for inputs alone
+    default_alpha: float = Field(default=0.5, ge=0)  # of the modalities that neither table names
+    default_input_alpha: float | None = Field(default=None, ge=0)  # the same for inputs alone
     keep: dict[str, KeepScheme] = {}  # how sequences choose keep_prob: U(0,1), 1, or 0 or 1
 
     @model_validator(mode="after")
@@ -68,21 +68,25 @@ class TrainConfig(_Section):
     """How to train. The defaults are those of the demo; ``4m-b`` and friends want more of everything."""
 
     preset: str = "demo"  # see fourmill.train.presets
-    steps: int = Field(600, ge=1)
-    batch_size: int = Field(32, ge=1)  # samples per step over all ranks
-    micro_batch: int | None = Field(None, ge=1)  # samples per forward pass of a rank; None: all of them
-    lr: float | None = Field(None, gt=0)  # peak; None: blr * batch_size / 256
-    blr: float = Field(1e-4, gt=0)
-    min_lr: float = Field(0.0, ge=0)  # where the cosine ends
-    warmup_steps: int = Field(50, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
+    steps: int = Field(default=600, ge=1)
+    batch_size: int = Field(default=32, ge=1)  # samples per step over all ranks
+    micro_batch: int | None = Field(
+        default=None, ge=1
+    )  # samples per forward pass of a rank; None: all of them
+    lr: float | None = Field(default=None, gt=0)  # peak; None: blr * batch_size / 256
+    blr: float = Field(default=1e-4, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)  # where the cosine ends
+    warmup_steps: int = Field(default=50, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    clip_grad: float | None = Field(None, gt=0)  # largest norm of the gradient; None: no clipping
-    seed: int = Field(0, ge=0)
-    num_input_tokens: int = Field(128, ge=1)
-    num_target_tokens: int = Field(128, ge=1)
-    min_input_tokens: int | None = Field(None, ge=0)  # budgets are drawn from [min, num]; None: always num
-    min_target_tokens: int | None = Field(None, ge=1)
+    clip_grad: float | None = Field(default=None, gt=0)  # largest norm of the gradient; None: no clipping
+    seed: int = Field(default=0, ge=0)
+    num_input_tokens: int = Field(default=128, ge=1)
+    num_target_tokens: int = Field(default=128, ge=1)
+    min_input_tokens: int | None = Field(
+        default=None, ge=0
+    )  # budgets are drawn from [min, num]; None: always num
+    min_target_tokens: int | None = Field(default=None, ge=1)
     mixture: tuple[MixtureComponent, ...] = Field(default_factory=default_mixture, min_length=1)
     inputs: tuple[str, ...] | None = None  # modality names; None: all that can be inputs
     targets: tuple[str, ...] | None = None  # None: all that can be targets
@@ -91,10 +95,10 @@ class TrainConfig(_Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on cuda, fp32 elsewhere
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
-    workers: int = Field(0, ge=0)  # processes that make batches; 0: the training process itself
-    checkpoint_every: int = Field(200, ge=1)  # steps; the last step always makes one
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every: int = Field(10, ge=1)
+    workers: int = Field(default=0, ge=0)  # processes that make batches; 0: the training process itself
+    checkpoint_every: int = Field(default=200, ge=1)  # steps; the last step always makes one
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1)
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
