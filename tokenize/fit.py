@@ -1,0 +1,276 @@
+"""Fitting: from kept labels to a complete tokenizer folder, for every codec family.
+
+`fit_codec` is the one entry that a flow needs. Tokenizers that are fitted see training labels alone; what they
+are worth is measured on labels that were held out, and written into the tokenizer's card.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fourmill.errors import ConfigError, ContractError, nearest
+from fourmill.labels import Label
+from fourmill.modality import Modality
+from fourmill.tokenize.base import codecs
+from fourmill.tokenize.boxes import BoxesCodec
+from fourmill.tokenize.pixels import PixelsCodec
+from fourmill.tokenize.spaces import Depth, Features, space_name
+from fourmill.tokenize.text import TextCodec
+from fourmill.tokenize.vocabulary import MAX_VOCABULARY, Vocabulary, train_vocabulary
+from fourmill.tokenize.vqvae import VQVAE, VQConfig
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+
+#: Network sizes by preset: "4m" is the paper's ViT-B, "demo" runs on one core in minutes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "4m": {},
+    "demo": {
+        "dim": 128,
+        "encoder_depth": 2,
+        "decoder_depth": 3,
+        "heads": 4,
+        "latent_dim": 16,
+        "refine": 32,
+        "class_dim": 8,
+    },
+}
+#: Codebook sizes by preset and modality; other modalities take what ``""`` says.
+CODEBOOKS: dict[str, dict[str, int]] = {
+    "4m": {"rgb": 16384, "depth": 8192, "normal": 8192, "semseg": 4096, "clip": 8192, "": 8192},
+    "demo": {"rgb": 1024, "depth": 512, "normal": 512, "semseg": 256, "clip": 512, "": 512},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitOptions:
+    """How a network is fitted. ``steps`` or ``minutes``, whichever ends first; 0 minutes: steps alone."""
+
+    preset: str = "4m"
+    steps: int = 20_000
+    minutes: float = 0.0  # wall-clock; a fit that ends by the clock is not reproducible
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05  # share of the run
+    seed: int = 0
+    device: str = "cpu"
+
+
+def fit_needed(modality: Modality) -> bool:
+    """Whether this modality's codec has to be fitted on labels before anything can be tokenized."""
+    return bool(modality.codec) and codecs.get(modality.codec).needs_fit
+
+
+def default_config(modality: Modality, preset: str, image_size: int, **changes: Any) -> VQConfig:
+    """The network of a preset for a modality; ``changes`` override single fields.
+
+    Patches have 16 pixels (less where the image is smaller than 32), as everywhere in 4M.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"fit.preset: unknown preset {preset!r}{nearest(preset, PRESETS)}")
+    sizes = CODEBOOKS[preset]
+    values = {**PRESETS[preset], "codebook_size": sizes.get(modality.name, sizes[""])}
+    values["patch_size"] = 16 if image_size >= 32 else 4
+    if space_name(modality.contract) == Depth.name:
+        values["normalisation"] = "log" if modality.contract.units == "metres" else "robust"
+        if preset == "demo":
+            values["depth_range"] = (0.4, 20.0)
+    return VQConfig.from_mapping({**values, **changes}, f"modalities.{modality.name}.tokenizer")
+
+
+def fit_codec(
+    modality: Modality,
+    labels: Sequence[Label],
+    held_out: Sequence[Label],
+    *,
+    image_size: int,
+    options: Mapping[str, Any],
+    out: Path,
+    progress: Progress | None = None,
+) -> Path:
+    """Fit (or just set up) the codec of ``modality`` and write its folder ``out``; returns ``out``.
+
+    ``labels`` and ``held_out`` are cropped labels, read one by one by index (they may be lazy); families that
+    need no fit ignore them. ``options``: fields of `FitOptions` and `VQConfig`; for text and boxes
+    ``vocabulary`` (path of a tokenizer file or folder), or ``vocabulary_captions``, ``vocabulary_classes`` and
+    ``vocabulary_size`` to train one; for pixels ``format``, ``quality``, ``lossless``, ``patch_size``.
+    """
+    family = modality.codec
+    if family == "vqvae":
+        fit, network = _split_options(options, modality)
+        codec = _fit_labels(modality, labels, held_out, fit, network, image_size, progress)
+        codec.save(out)
+    elif family in ("text", "boxes"):
+        vocabulary = _vocabulary(options, modality)
+        cls = TextCodec if family == "text" else BoxesCodec
+        cls(modality, image_size, vocabulary).save(out)
+    elif family == "pixels":
+        chosen = {k: v for k, v in options.items() if k in ("format", "quality", "lossless", "patch_size")}
+        PixelsCodec(modality, image_size, **chosen).save(out)
+    else:
+        raise ConfigError(f"modality {modality.name!r}: no way to fit the codec family {family!r}")
+    return out
+
+
+def _split_options(options: Mapping[str, Any], modality: Modality) -> tuple[FitOptions, dict[str, Any]]:
+    """Fit options, and overrides of the network; the vocabulary's options belong to other families."""
+    known = {field.name for field in fields(FitOptions)}
+    fit = FitOptions(**{k: v for k, v in options.items() if k in known})
+    rest = {k: v for k, v in options.items() if k not in known and not k.startswith("vocabulary")}
+    return fit, {**modality.codec_options, **rest}
+
+
+def _vocabulary(options: Mapping[str, Any], modality: Modality) -> Vocabulary:
+    if options.get("vocabulary"):
+        return Vocabulary.load(Path(options["vocabulary"]))
+    captions = options.get("vocabulary_captions")
+    if captions is None:
+        raise ConfigError(
+            f"modality {modality.name!r}: its tokenizer needs a vocabulary: give `vocabulary`, or captions to train one"
+        )
+    classes = [*options.get("vocabulary_classes", ()), *modality.contract.classes]
+    return train_vocabulary(captions, classes, int(options.get("vocabulary_size", MAX_VOCABULARY)))
+
+
+def _fit_labels(
+    modality: Modality,
+    labels: Sequence[Label],
+    held_out: Sequence[Label],
+    fit: FitOptions,
+    network: dict[str, Any],
+    image_size: int,
+    progress: Progress | None,
+) -> VQVAE:
+    config = default_config(modality, fit.preset, image_size, **network)
+    codec = fit_vqvae(modality, labels, config, image_size=image_size, options=fit, progress=progress)
+    codec.card["held_out"] = measure(codec, held_out)
+    return codec
+
+
+def fit_vqvae(
+    modality: Modality,
+    labels: Sequence[Label],
+    config: VQConfig,
+    *,
+    image_size: int,
+    options: FitOptions,
+    progress: Progress | None = None,
+) -> VQVAE:
+    """Fit a tokenizer network on cropped labels; the same arguments and ``steps`` give the same weights on one CPU.
+
+    AdamW with betas 0.9 and 0.99, linear warm-up, cosine to zero, gradients clipped at norm 1 (4M's recipe),
+    horizontal flips by the modality's rule.
+    """
+    if not len(labels):
+        raise ContractError(f"tokenizer of {modality.name!r}: there are no labels to fit on")
+    codec = _fresh_codec(modality, labels, config, image_size, options.seed)
+    codec.to(options.device).network.train().requires_grad_(True)
+    optimizer = _optimizer(codec.network, options)
+    generator = torch.Generator().manual_seed(options.seed)
+    started, done, step = time.monotonic(), 0.0, 0
+    while done < 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * _schedule(done, options.warmup)
+        figures = _step(codec, labels, optimizer, options, generator)
+        step += 1
+        elapsed = (time.monotonic() - started) / 60
+        done = max(step / options.steps, elapsed / options.minutes if options.minutes else 0.0)
+        if progress and (step % 20 == 0 or done >= 1.0):
+            total = options.steps if not options.minutes else max(step, round(step / done))
+            progress(step, total, {name: float(value) for name, value in figures.items()})
+    codec.to("cpu").freeze()
+    codec.card.update(fit={**asdict(options), "steps_done": step, "num_labels": len(labels)})
+    return codec
+
+
+def _fresh_codec(
+    modality: Modality, labels: Sequence[Label], config: VQConfig, image_size: int, seed: int
+) -> VQVAE:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if space_name(modality.contract) != Features.name:
+            codec = VQVAE(modality, image_size, config)
+        else:
+            height, width, channels = np.shape(labels[0])
+            codec = VQVAE(modality, image_size, config, grid=(height, width), channels=channels)
+            _set_standardisation(codec, labels)
+        for module in codec.network.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+    return codec
+
+
+def _set_standardisation(codec: VQVAE, labels: Sequence[Label]) -> None:
+    """Mean and deviation of every feature channel, over at most 256 labels spread over the set."""
+    picked = np.linspace(0, len(labels) - 1, min(256, len(labels))).astype(int)
+    sample = codec.to_network([labels[i] for i in picked])
+    codec.network.shift.copy_(sample.mean((0, 2, 3)).view(-1, 1, 1))
+    codec.network.scale.copy_(sample.std((0, 2, 3)).clamp_min(1e-3).view(-1, 1, 1))
+
+
+def _optimizer(network: nn.Module, options: FitOptions) -> torch.optim.AdamW:
+    """Matrices decay; biases, norms and embeddings do not."""
+    decay = [p for p in network.parameters() if p.ndim >= 2]
+    rest = [p for p in network.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99))
+
+
+def _schedule(done: float, warmup: float) -> float:
+    """Learning-rate factor at the share ``done`` of the run."""
+    if done < warmup:
+        return max(done / warmup, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def _step(
+    codec: VQVAE,
+    labels: Sequence[Label],
+    optimizer: torch.optim.Optimizer,
+    options: FitOptions,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    rows = torch.randint(len(labels), (options.batch_size,), generator=generator).tolist()
+    batch = codec.to_network([labels[i] for i in rows])
+    chosen = torch.rand(len(batch), generator=generator) < 0.5
+    batch = codec.space.flip(batch, chosen.to(batch.device))
+    output, ids, commitment = codec.network(batch, generator)
+    loss = codec.space.loss(output, batch)
+    optimizer.zero_grad(set_to_none=True)
+    (loss + commitment).backward()
+    torch.nn.utils.clip_grad_norm_(codec.network.parameters(), 1.0)
+    optimizer.step()
+    return {
+        "loss": loss.detach(),
+        "commitment": commitment.detach(),
+        "codes": torch.tensor(len(ids.unique())),
+    }
+
+
+def measure(codec: VQVAE, held_out: Sequence[Label], batch_size: int = 32) -> dict[str, float]:
+    """Round-trip figures on labels that were not fitted on, and how much of the codebook they use.
+
+    ``codebook_use`` is the share of codes seen at least once, ``perplexity`` 2 to the entropy (bits) of the codes.
+    """
+    if not len(held_out):
+        return {}
+    labels = [held_out[i] for i in range(len(held_out))]
+    chunks = [labels[i : i + batch_size] for i in range(0, len(labels), batch_size)]
+    tokens = [ids for chunk in chunks for ids in codec.encode(chunk)]
+    decoded = [x for i in range(0, len(tokens), batch_size) for x in codec.decode(tokens[i : i + batch_size])]
+    counts = np.bincount(np.concatenate([np.asarray(t) for t in tokens]), minlength=codec.modality.vocab_size)
+    share = counts[counts > 0] / counts.sum()
+    figures = codec.space.figures(labels, decoded)
+    figures["codebook_use"] = float((counts > 0).mean())
+    figures["perplexity"] = float(2 ** -(share * np.log2(share)).sum())
+    return {"num_labels": len(labels), **{name: round(value, 4) for name, value in figures.items()}}

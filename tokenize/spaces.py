@@ -1,0 +1,277 @@
+"""How the labels of a grid modality enter the tokenizer network and leave it again.
+
+A *space* is chosen by the modality's label contract: ``bounded`` maps (images, normals, edges), ``depth``,
+``classes`` (semantic segmentation), ``features`` (dense patch features). It knows the network's input and
+output, the reconstruction loss, the flip, and the figures by which a round trip is judged.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourmill.errors import ConfigError, ContractError
+from fourmill.modality import LabelContract, Modality
+
+_IMAGE_AXES = (0, 3, 1, 2)
+
+
+class Space(ABC):
+    """``channels`` is C of the network's input; its output has ``out_channels``."""
+
+    name: ClassVar[str]
+    channels: int
+    out_channels: int
+
+    def __init__(self, modality: Modality) -> None:
+        self.modality_name = modality.name
+        self.contract: LabelContract = modality.contract
+
+    def check(self, labels: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """The labels stacked, or a ContractError if one has another shape."""
+        for label in labels:
+            if np.shape(label) != shape:
+                raise ContractError(
+                    f"tokenizer of {self.modality_name!r}: a label has shape {np.shape(label)}, "
+                    f"this tokenizer takes {shape}; was it fitted for these labels?"
+                )
+        return np.stack(labels) if len(labels) else np.zeros((0, *shape), self.contract.dtype)
+
+    @abstractmethod
+    def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one label."""
+
+    @abstractmethod
+    def to_network(self, labels: np.ndarray) -> Tensor:
+        """Stacked labels to float32 (B, C, H, W), or int64 (B, H, W) class ids."""
+
+    @abstractmethod
+    def to_labels(self, output: Tensor) -> list[np.ndarray]:
+        """The network's output (B, out_channels, H, W) to labels that keep the contract."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Reconstruction loss, a mean over the batch; ``target`` is what `to_network` gave."""
+
+    @abstractmethod
+    def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
+        """How close the round trip comes, by the measure that people know for this kind of label."""
+
+    def flip(self, batch: Tensor, chosen: Tensor) -> Tensor:
+        """Mirror the rows where ``chosen`` (bool (B,)) by the contract's rule."""
+        rule = self.contract.flip
+        if rule == "none":
+            return batch
+        mirrored = batch.flip(-1)
+        if rule == "mirror_negate_x":
+            mirrored = mirrored * mirrored.new_tensor([-1.0, 1.0, 1.0]).view(1, 3, 1, 1)
+        return torch.where(chosen.view(-1, *[1] * (batch.ndim - 1)), mirrored, batch)
+
+
+class Bounded(Space):
+    """Maps with a known range: images (uint8), unit normals, edges. The network sees [-1, 1]."""
+
+    name = "bounded"
+
+    def __init__(self, modality: Modality) -> None:
+        super().__init__(modality)
+        contract = modality.contract
+        if contract.low is None or contract.high is None:
+            raise ConfigError(
+                f"modality {modality.name!r}: a map of several channels needs `low` and `high` in its "
+                "contract to be tokenized"
+            )
+        self.low, self.high = float(contract.low), float(contract.high)
+        self.channels = self.out_channels = contract.channels or 1
+
+    def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
+        axis = () if self.contract.channels is None else (self.channels,)
+        return (image_size, image_size, *axis)
+
+    def to_network(self, labels: np.ndarray) -> Tensor:
+        values = labels if labels.ndim == 4 else labels[..., None]
+        scaled = torch.from_numpy(np.ascontiguousarray(values.transpose(_IMAGE_AXES), dtype=np.float32))
+        return (scaled - self.low) * (2 / (self.high - self.low)) - 1
+
+    def to_labels(self, output: Tensor) -> list[np.ndarray]:
+        if self.contract.unit_norm:
+            output = _unit(output)
+        values = (output.clamp(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low
+        array = values.permute(0, 2, 3, 1).cpu().numpy()
+        if np.issubdtype(np.dtype(self.contract.dtype), np.integer):
+            array = np.rint(array)
+        array = array if self.contract.channels is not None else array[..., 0]
+        return list(array.astype(self.contract.dtype))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        error = F.mse_loss(output, target)
+        if self.contract.unit_norm:
+            error = error + (1 - F.cosine_similarity(output, target, dim=1)).mean()
+        return error
+
+    def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
+        if self.contract.unit_norm:
+            cosine = [np.clip((a * b).sum(-1), -1, 1) for a, b in zip(labels, decoded, strict=True)]
+            angles = np.degrees(np.arccos(np.stack(cosine)))
+            return {"mean_degrees": float(angles.mean()), "median_degrees": float(np.median(angles))}
+        squares = [((a.astype(np.float64) - b) ** 2).mean() for a, b in zip(labels, decoded, strict=True)]
+        span = self.high - self.low
+        psnr = [10 * math.log10(span**2 / max(square, 1e-12)) for square in squares]
+        return {"psnr_db": float(np.mean(psnr))}
+
+
+class Depth(Space):
+    """Depth maps (H, W) float32.
+
+    ``log``: metric depth; log(metres) mapped affinely from ``depth_range`` to [-1, 1]; decoding gives metres
+    within that range. ``robust``: relative depth; each map is standardised by the mean and deviation of its
+    middle 80 % (4M's rule), and decoding gives standardised values.
+    """
+
+    name = "depth"
+
+    def __init__(self, modality: Modality, normalisation: str, depth_range: tuple[float, float]) -> None:
+        super().__init__(modality)
+        self.normalisation = normalisation
+        self.low, self.high = math.log(depth_range[0]), math.log(depth_range[1])
+        self.channels = self.out_channels = 1
+
+    def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
+        return (image_size, image_size)
+
+    def to_network(self, labels: np.ndarray) -> Tensor:
+        depth = labels.astype(np.float32)
+        if self.normalisation == "log":
+            logs = np.clip(np.log(np.maximum(depth, 1e-6)), self.low, self.high)
+            scaled = (logs - self.low) * (2 / (self.high - self.low)) - 1
+        else:
+            scaled = standardise_robustly(depth)
+        return torch.from_numpy(scaled.astype(np.float32))[:, None]
+
+    def to_labels(self, output: Tensor) -> list[np.ndarray]:
+        values = output[:, 0]
+        if self.normalisation == "log":
+            values = ((values.clamp(-1, 1) + 1) * ((self.high - self.low) / 2) + self.low).exp()
+        return list(values.float().cpu().numpy())
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        # Nearly an absolute error: a depth edge that is a pixel off must not outweigh everything else.
+        return F.smooth_l1_loss(output, target, beta=0.05)
+
+    def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
+        if self.normalisation == "log":
+            errors = [(np.abs(b - a) / a).mean() for a, b in zip(labels, decoded, strict=True)]
+            return {"abs_rel": float(np.mean(errors))}
+        robust = standardise_robustly(np.stack(labels).astype(np.float32))
+        return {"mean_absolute_error": float(np.abs(robust - np.stack(decoded)).mean())}
+
+
+class Classes(Space):
+    """Class-id maps (H, W). The network embeds every pixel's class and gives logits per pixel."""
+
+    name = "classes"
+
+    def __init__(self, modality: Modality, class_dim: int) -> None:
+        super().__init__(modality)
+        self.num_classes = len(modality.contract.classes)
+        if self.num_classes < 1:
+            raise ConfigError(f"modality {modality.name!r}: its class names are not known; resolve it first")
+        self.channels, self.out_channels = class_dim, self.num_classes
+
+    def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
+        return (image_size, image_size)
+
+    def to_network(self, labels: np.ndarray) -> Tensor:
+        if labels.size and int(labels.max()) >= self.num_classes:
+            raise ContractError(
+                f"tokenizer of {self.modality_name!r}: a label holds class {int(labels.max())}, "
+                f"there are {self.num_classes}"
+            )
+        return torch.from_numpy(labels.astype(np.int64))
+
+    def to_labels(self, output: Tensor) -> list[np.ndarray]:
+        return list(output.argmax(1).cpu().numpy().astype(self.contract.dtype))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target)
+
+    def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
+        n = self.num_classes
+        pairs = np.stack(labels).astype(np.int64).ravel() * n + np.stack(decoded).astype(np.int64).ravel()
+        table = np.bincount(pairs, minlength=n * n).reshape(n, n)
+        union = table.sum(0) + table.sum(1) - np.diag(table)
+        seen = union > 0
+        return {
+            "miou": float((np.diag(table)[seen] / union[seen]).mean()),
+            "pixel_accuracy": float(np.diag(table).sum() / table.sum()),
+        }
+
+
+class Features(Space):
+    """Dense features (h, w, C) float32. Standardisation by channel is part of the network (fitted, stored)."""
+
+    name = "features"
+
+    def __init__(self, modality: Modality, channels: int) -> None:
+        super().__init__(modality)
+        self.channels = self.out_channels = channels
+
+    def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
+        return (*grid, self.channels)
+
+    def to_network(self, labels: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(labels.transpose(_IMAGE_AXES), dtype=np.float32))
+
+    def to_labels(self, output: Tensor) -> list[np.ndarray]:
+        if self.contract.unit_norm:
+            output = _unit(output)
+        return list(output.permute(0, 2, 3, 1).float().cpu().numpy().astype(self.contract.dtype))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        scale = target.std().clamp_min(1e-6)
+        near = F.smooth_l1_loss(output / scale, target / scale)
+        return near + (1 - F.cosine_similarity(output, target, dim=1)).mean()
+
+    def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
+        a, b = np.stack(labels).astype(np.float64), np.stack(decoded).astype(np.float64)
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        return {"cosine": float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).mean())}
+
+
+def standardise_robustly(depth: np.ndarray) -> np.ndarray:
+    """(B, H, W) by the mean and deviation of each map's middle 80 % (4M: the rest is cut off on both sides)."""
+    ordered = np.sort(depth.reshape(len(depth), -1).astype(np.float64), axis=1)
+    cut = int(0.1 * ordered.shape[1])
+    middle = ordered[:, cut : ordered.shape[1] - cut]
+    mean = middle.mean(1)[:, None, None]
+    return ((depth - mean) / np.sqrt(middle.var(1) + 1e-6)[:, None, None]).astype(np.float32)
+
+
+def space_name(contract: LabelContract) -> str:
+    """Which space a contract asks for."""
+    if contract.form == "features":
+        return Features.name
+    if contract.form not in ("map", "image"):
+        raise ConfigError(f"labels of form {contract.form!r} are not grids; the vqvae codec cannot take them")
+    if contract.classes or contract.units == "class id":
+        return Classes.name
+    if contract.channels is None and (
+        contract.units == "metres" or contract.low is None or contract.high is None
+    ):
+        return Depth.name
+    return Bounded.name
+
+
+def _unit(values: Tensor) -> Tensor:
+    """Vectors (B, C, H, W) of length one; a vector of length nought becomes the last axis (toward the viewer)."""
+    fallback = torch.zeros_like(values)
+    fallback[:, -1] = 1
+    norms = values.norm(dim=1, keepdim=True)
+    return torch.where(norms > 1e-6, values / norms.clamp_min(1e-6), fallback)
