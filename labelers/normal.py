@@ -1,0 +1,84 @@
+"""Surface normals from one image: any dense network with three output channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from fourmill.errors import CheckpointError, ConfigError
+from fourmill.labelers.base import LabelerSettings, register
+from fourmill.labelers.letterbox import Placement, map_to_frame
+from fourmill.labelers.network import NETWORK_OPTIONS, NetworkLabeler
+from fourmill.labels import Label
+from fourmill.modality import LabelContract, Modality
+
+NORMAL = Modality(
+    name="normal",
+    kind="grid",
+    codec="vqvae",
+    reference_name="tok_normal@{size}",
+    doc="the direction that each pixel's surface faces",
+    contract=LabelContract(
+        form="map",
+        dtype="float32",
+        channels=3,
+        units="unit vector",
+        low=-1.0001,
+        high=1.0001,
+        unit_norm=True,
+        frame="camera space: x to the right, y up, z toward the viewer (a wall facing the camera is 0, 0, 1)",
+        resample="bilinear",
+        flip="mirror_negate_x",
+    ),
+)
+
+
+@register("normal")
+class Normal(NetworkLabeler):
+    """float32 (H, W, 3) unit vectors: the network's three channels, upsampled, then normalised.
+
+    ``axis_signs`` turns a network's axes into ours (x right, y up, z toward the viewer): [1, -1, -1] for one that
+    speaks the OpenCV camera frame (y down, z away).
+    """
+
+    modality: ClassVar[Modality] = NORMAL
+    default_model: ClassVar[str | None] = "shipped:normal"
+    expected: ClassVar[str] = "a normals network with 3 output channels"
+    options: ClassVar[Mapping[str, Any]] = {**NETWORK_OPTIONS, "axis_signs": [1, 1, 1]}
+    auto_classes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "AutoModelForSemanticSegmentation": ("dpt", "segformer", "upernet", "beit"),
+        "AutoModelForNormalEstimation": ("sapiens2", "tipsv2_dpt"),
+    }
+
+    def __init__(self, settings: LabelerSettings) -> None:
+        super().__init__(settings)
+        signs = self.params["axis_signs"]
+        if not (
+            isinstance(signs, (list, tuple)) and len(signs) == 3 and all(sign in (1, -1) for sign in signs)
+        ):
+            raise ConfigError(f"{self.where}.axis_signs: {signs!r} is not three signs such as [1, -1, -1]")
+
+    def load(self) -> None:
+        super().load()
+        channels = self.network.config.num_labels
+        if channels != 3 and self._choose(self.config()) == "AutoModelForSemanticSegmentation":
+            raise CheckpointError(
+                f"{self.where}.model: {self.weights.source} has {channels} output channels; {self.expected} is expected"
+            )
+
+    def read(self, output: Any, placements: Sequence[Placement]) -> list[Label]:
+        import torch
+        import torch.nn.functional as F
+
+        vectors = (output.logits if "logits" in output else output.normals).float()  # (B, 3, h, w)
+        signs = torch.tensor(self.params["axis_signs"], device=vectors.device, dtype=vectors.dtype).view(
+            3, 1, 1
+        )
+        labels = []
+        for row, at in zip(vectors, placements, strict=True):
+            full = map_to_frame(row, at) * signs
+            # opposite vectors can cancel to zero length: such a pixel faces the viewer
+            facing = torch.tensor([0.0, 0.0, 1.0], device=full.device).view(3, 1, 1)
+            full = torch.where(full.norm(dim=0, keepdim=True) > 1e-6, full, facing)
+            labels.append(F.normalize(full, dim=0).permute(1, 2, 0).contiguous().cpu().numpy())
+        return labels
