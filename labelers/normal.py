@@ -79,6 +79,6 @@ class Normal(NetworkLabeler):
             full = map_to_frame(row, at) * signs
             # opposite vectors can cancel to zero length: such a pixel faces the viewer
             facing = torch.tensor([0.0, 0.0, 1.0], device=full.device).view(3, 1, 1)
-            full = torch.where(full.norm(dim=0, keepdim=True) > 1e-6, full, facing)
-            labels.append(F.normalize(full, dim=0).permute(1, 2, 0).contiguous().cpu().numpy())
+            full = torch.where(full.norm(dim=0, keepdim=True) > 1e-12, full, facing)
+            labels.append(F.normalize(full, dim=0, eps=1e-12).permute(1, 2, 0).contiguous().cpu().numpy())
         return labels
