@@ -65,8 +65,8 @@ def _resize(frame: np.ndarray, at: Placement) -> np.ndarray:
 def map_to_frame(values: torch.Tensor, at: Placement) -> torch.Tensor:
     """Float (C, h, w) over the canvas, at any resolution -> (C, H, W) over the frame.
 
-    Bilinear between pixel centres (``align_corners=False``), antialiased where it shrinks; the padding
-    is cut away before the second step. Where nothing changes size the values are passed through.
+    Bilinear between pixel centres (``align_corners=False``), antialiased where it shrinks below
+    half; the padding is cut away before the second step. Where nothing changes size the values are passed through.
     """
     full = _interpolate(values, (at.side, at.side))
     inside = full[:, at.top : at.top + at.height, at.left : at.left + at.width]
@@ -79,8 +79,9 @@ def _interpolate(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     height, width = values.shape[-2:]
     if (height, width) == size:
         return values
-    shrinks = size[0] < height or size[1] < width
-    return F.interpolate(values[None], size, mode="bilinear", align_corners=False, antialias=shrinks)[0]
+    # below half size two neighbours no longer cover all pixels; above it plain interpolation is exact on ramps
+    antialias = 2 * size[0] < height or 2 * size[1] < width
+    return F.interpolate(values[None], size, mode="bilinear", align_corners=False, antialias=antialias)[0]
 
 
 def boxes_to_frame(xyxy: np.ndarray, at: Placement) -> np.ndarray:
