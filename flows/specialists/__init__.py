@@ -1,0 +1,1 @@
+"""Trains the small specialist networks that ship with fourmill, on scenes."""
