@@ -23,6 +23,9 @@ from fourmill.modality import Resample
 
 log = logging.getLogger(__name__)
 
+#: Enters the identity of a dataset: change it with any change to the pixels that `decode_frame` returns.
+DECODE_VERSION = 1
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 MAX_PIXELS = 64 << 20  # of the file's image: 192 MiB decoded
 MAX_BYTES = 64 << 20  # of the file
