@@ -53,3 +53,48 @@ def _first_hits(iou: np.ndarray) -> np.ndarray:
         if best >= 0 and row[best] >= 0.5 and not taken[best]:
             right[k] = taken[best] = True
     return right
+
+
+def abs_rel(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Mean of |predicted - true| / true over all elements; depths in one unit, any shape, true > 0."""
+    predicted, true = predicted.astype(np.float64), true.astype(np.float64)
+    return float(np.mean(np.abs(predicted - true) / true))
+
+
+def delta1(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Share of elements whose ratio to the truth is below 1.25 either way, in [0, 1]; a depth <= 0 is outside."""
+    predicted, true = predicted.astype(np.float64), true.astype(np.float64)
+    return float(np.mean((predicted < 1.25 * true) & (true < 1.25 * predicted)))
+
+
+def mean_angular_error_deg(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Mean angle in degrees between vectors (..., 3), which need not be unit; a zero vector counts 90."""
+    a, b = predicted.astype(np.float64), true.astype(np.float64)
+    # atan2 is exact for small angles, where arccos of a rounded cosine is not
+    sine, cosine = np.linalg.norm(np.cross(a, b), axis=-1), np.sum(a * b, axis=-1)
+    angles = np.degrees(np.arctan2(sine, cosine))
+    return float(np.mean(np.where((sine == 0) & (cosine == 0), 90.0, angles)))
+
+
+def confusion(predicted: np.ndarray, true: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts (num_classes, num_classes + 1) int64 of integer maps of one shape: row = true, column = predicted.
+
+    Elements whose truth is not below `num_classes` (255: void) are left out. The last column counts predictions
+    that are not below it: wrong, and for no class.
+    """
+    valid = true < num_classes
+    rows = true[valid].astype(np.int64)
+    columns = np.minimum(predicted[valid].astype(np.int64), num_classes)
+    counts = np.bincount(rows * (num_classes + 1) + columns, minlength=num_classes * (num_classes + 1))
+    return counts.reshape(num_classes, num_classes + 1)
+
+
+def mean_iou(predicted: np.ndarray, true: np.ndarray, num_classes: int) -> float:
+    """Mean over classes of intersection over union, counted over all pixels of all images together, in [0, 1].
+
+    Classes that neither side has are left out; nan if there is none. See `confusion` for void.
+    """
+    counts = confusion(predicted, true, num_classes)
+    hit = np.diagonal(counts).astype(np.float64)
+    union = counts.sum(axis=1) + counts[:, :num_classes].sum(axis=0) - hit
+    return float(np.mean(hit[union > 0] / union[union > 0])) if (union > 0).any() else float("nan")

@@ -1,0 +1,248 @@
+"""Which tokens of a sample are visible and which are to be predicted (4M, sections 3.1 to 3.4 of the notes).
+
+A budget of input and target tokens is split over the modalities by a Dirichlet draw of a mixture component; grids
+then show a random subset and predict another, sequences are masked by spans. Whole batches at once, no Python
+per sample, and every number a function of (seed, key64, visit). Unlike 4M's own code:
+
+- only modalities that are present in the sample get a budget, and only those that can be targets a target budget;
+- an alpha of 0 means never, and what a modality cannot use goes to the others of the component, in proportion;
+- sequences are masked first, so that what they leave over of their budget goes to the grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fourmill.train.draws import Draws, LogGamma
+from fourmill.train.presets import ModalitySpec
+from fourmill.train.spans import Spans, mask_spans
+from fourmill.train_config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class GridMask:
+    """``order`` int64 (B, n): the first ``inputs`` (B,) positions of a row are visible, the next ``targets`` hidden."""
+
+    order: np.ndarray
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What became of a batch: a mask by modality name, and the component that each row drew (B,)."""
+
+    grids: dict[str, GridMask]
+    spans: dict[str, Spans]
+    component: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Ragged sequences of a batch, padded: ``ids`` (B, L), of which ``lengths`` (B,) are real, EOS included."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+class Masker:
+    """Draws the masks of a batch. Built once per run."""
+
+    def __init__(self, specs: Sequence[ModalitySpec], config: TrainConfig) -> None:
+        self.specs = tuple(specs)
+        self.config = config
+        mixture = config.mixture
+        alphas = np.zeros((2, len(mixture), len(specs)))
+        for j, part in enumerate(mixture):
+            alphas[0, j] = [part.input_alpha(s.name) if s.is_input else 0 for s in specs]
+            alphas[1, j] = [part.target_alpha(s.name) if s.is_target else 0 for s in specs]
+        # One more component, for samples that no component fits: whatever is there, evenly.
+        fallback = np.array([[[s.is_input for s in specs]], [[s.is_target for s in specs]]], np.float64)
+        self.alphas = np.concatenate([alphas, fallback], axis=1)  # (2, components + 1, modalities)
+        self.weights = np.array([part.weight for part in mixture])
+        self._gammas = LogGamma(self.alphas)
+        self._is_sequence = np.array([s.is_sequence for s in specs])
+
+    def __call__(self, draws: Draws, present: np.ndarray, sequences: Mapping[str, Sequences]) -> Masks:
+        """``present`` bool (B, modalities) in the order of the specs."""
+        capacity = np.array([s.num_tokens for s in self.specs]) * present
+        for m, spec in enumerate(self.specs):
+            if spec.is_sequence:
+                capacity[:, m] = np.where(present[:, m], sequences[spec.name].lengths, 0)
+        component = self._components(draws, present)
+        wanted_in, wanted_tgt = self._totals(draws, component, capacity)
+        inputs = self._split(draws, "input", component, wanted_in, capacity)
+        room = np.where(self._is_sequence, capacity + 1, capacity - inputs)
+        targets = self._split(draws, "target", component, wanted_tgt, np.where(present, room, 0))
+        spans = self._sequences(draws, component, inputs, targets, sequences)
+        self._hand_on(draws, component, (wanted_in, wanted_tgt), (inputs, targets), capacity, spans)
+        grids = {
+            spec.name: GridMask(
+                draws.permutations(f"grid/{spec.name}", spec.num_tokens), inputs[:, m], targets[:, m]
+            )
+            for m, spec in enumerate(self.specs)
+            if not spec.is_sequence
+        }
+        return Masks(grids, spans, component)
+
+    def _components(self, draws: Draws, present: np.ndarray) -> np.ndarray:
+        """int64 (B,): a component for each row, among those that have an input and a target in it."""
+        usable = (
+            ((self.alphas[:, None] > 0) & present[None, :, None, :]).any(-1).all(0)
+        )  # (B, components + 1)
+        weights = usable[:, :-1] * self.weights
+        cumulative = np.cumsum(weights, axis=1)
+        point = draws.uniform("component", 1) * cumulative[:, -1:]
+        chosen = (point >= cumulative).sum(axis=1)
+        return np.where(cumulative[:, -1] > 0, chosen, len(self.weights))
+
+    def _totals(
+        self, draws: Draws, component: np.ndarray, capacity: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Input and target budgets (B,) of the rows, uniform between their bounds.
+
+        A sample with few tokens would be shown whole, with nothing left to predict: half of what can be a target
+        (or the target budget, if that is less) is kept out of the input.
+        """
+        config = self.config
+        low = (config.min_input_tokens, config.min_target_tokens)
+        high = (config.num_input_tokens, config.num_target_tokens)
+        totals = []
+        for side, (least, most) in enumerate(zip(low, high, strict=True)):
+            least = most if least is None else least
+            totals.append(least + draws.integers(f"total/{side}", most - least + 1))
+        allowed = self.alphas[:, component] > 0
+        available = (capacity * allowed.any(0)).sum(1)
+        reserve = np.minimum(totals[1], (capacity * allowed[1]).sum(1) // 2)
+        return np.minimum(totals[0], available - reserve), totals[1]
+
+    def _split(
+        self, draws: Draws, side: str, component: np.ndarray, total: np.ndarray, capacity: np.ndarray
+    ) -> np.ndarray:
+        """int64 (B, modalities): ``total`` tokens by a Dirichlet draw, none beyond ``capacity``."""
+        alphas = self.alphas[0 if side == "input" else 1]
+        index = self._alpha_index(side, component)
+        uniforms = draws.uniform(f"{side}/dirichlet", 2 * len(self.specs)).reshape(len(draws), -1, 2)
+        log_share = self._gammas.sample(index, uniforms)
+        budget = np.zeros_like(capacity)
+        return self._share_out(
+            draws, side, component, log_share, total, np.where(alphas[component] > 0, capacity, 0), budget
+        )
+
+    def _alpha_index(self, side: str, component: np.ndarray) -> np.ndarray:
+        """Indices (B, modalities) into the flattened alphas."""
+        components, modalities = self.alphas.shape[1:]
+        first = (0 if side == "input" else components) + component
+        return first[:, None] * modalities + np.arange(modalities)
+
+    def _share_out(
+        self,
+        draws: Draws,
+        side: str,
+        component: np.ndarray,
+        log_share: np.ndarray,
+        total: np.ndarray,
+        capacity: np.ndarray,
+        budget: np.ndarray,
+    ) -> np.ndarray:
+        """Add ``total`` tokens to ``budget`` in proportion to exp(log_share), never above ``capacity``.
+
+        Floors first; each token that is then left goes to the largest entry of a fresh Dirichlet draw, as in 4M.
+        What was clamped is shared out again among the modalities that have room, until there is none.
+        """
+        left = total.astype(np.int64)
+        for turn in range(len(self.specs) + 1):
+            room = capacity - budget
+            active = np.flatnonzero((left > 0) & (room > 0).any(1))
+            if not active.size:
+                break
+            room, rest = room[active], left[active]
+            share = np.floor(_softmax(np.where(room > 0, log_share[active], -np.inf)) * rest[:, None]).astype(
+                np.int64
+            )
+            share += self._remainder(
+                draws.rows(active), f"{side}/left/{turn}", component[active], room > 0, rest - share.sum(1)
+            )
+            share = np.minimum(share, room)
+            budget[active] += share
+            left[active] -= share.sum(1)
+        return budget
+
+    def _remainder(
+        self, draws: Draws, purpose: str, component: np.ndarray, allowed: np.ndarray, count: np.ndarray
+    ) -> np.ndarray:
+        """int64 (B, modalities): ``count`` (B,) single tokens, each to the argmax of its own Dirichlet draw."""
+        most = int(count.max(initial=0))
+        out = np.zeros(allowed.shape, np.int64)
+        if most == 0:
+            return out
+        width = len(self.specs)
+        row, token = np.nonzero(np.arange(most) < count[:, None])
+        uniforms = draws.uniform(purpose, most * width * 2).reshape(len(draws), most, width, 2)[row, token]
+        index = self._alpha_index(purpose.partition("/")[0], component)[row]
+        value = np.where(allowed[row], self._gammas.sample(index, uniforms), -np.inf)
+        np.add.at(out, (row, value.argmax(1)), 1)
+        return out
+
+    def _sequences(
+        self,
+        draws: Draws,
+        component: np.ndarray,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        sequences: Mapping[str, Sequences],
+    ) -> dict[str, Spans]:
+        """Mask the sequences, and put what they really use into ``inputs`` and ``targets``."""
+        schemes = ("random", "all", "binary")
+        out = {}
+        for m, spec in enumerate(self.specs):
+            if not spec.is_sequence:
+                continue
+            keep = [schemes.index(part.keep_scheme(spec.name)) for part in self.config.mixture] + [0]
+            batch = sequences[spec.name]
+            spans = mask_spans(
+                draws,
+                spec.name,
+                batch.ids,
+                batch.lengths,
+                inputs[:, m],
+                targets[:, m],
+                np.array(keep)[component],
+            )
+            if not spec.is_input:
+                assert not spans.input_lengths.any()
+            inputs[:, m], targets[:, m] = spans.input_lengths, np.maximum(spans.target_lengths - 1, 0)
+            out[spec.name] = spans
+        return out
+
+    def _hand_on(
+        self,
+        draws: Draws,
+        component: np.ndarray,
+        wanted: tuple[np.ndarray, np.ndarray],
+        used: tuple[np.ndarray, np.ndarray],
+        capacity: np.ndarray,
+        spans: Mapping[str, Spans],
+    ) -> None:
+        """Give the grids what the sequences left over: inputs first, both from positions that are still unused."""
+        if not spans:
+            return
+        inputs, targets = used
+        for side, name in enumerate(("input", "target")):
+            allowed = (self.alphas[side][component] > 0) & ~self._is_sequence
+            free = np.where(allowed, capacity - inputs - targets, 0)
+            left = np.maximum(wanted[side] - used[side].sum(1), 0)
+            uniforms = draws.uniform(f"{name}/handed-on", 2 * len(self.specs)).reshape(len(draws), -1, 2)
+            shares = self._gammas.sample(self._alpha_index(name, component), uniforms)
+            self._share_out(
+                draws, f"{name}/handed-on", component, shares, left, used[side] + free, used[side]
+            )
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Row-wise; rows must have a finite entry."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

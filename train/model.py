@@ -1,0 +1,296 @@
+"""The any-to-any transformer: an encoder over visible tokens, a decoder over those to be predicted (4M, section 2).
+
+Legend: B samples, N input slots, T target slots, D width, H heads, V vocabulary, M modalities.
+
+Ids are gathered first and embedded afterwards: the token tables of all modalities are one table with an offset
+per modality, so that embedding a batch costs N look-ups per sample however many modalities there are. Attention
+is `scaled_dot_product_attention`; logits are computed only where a modality has labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fourmill.train.batches import Batch
+from fourmill.train.positions import sincos_1d, sincos_2d
+from fourmill.train.presets import PATCH_SIZE, ModelConfig
+
+_PIXEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in 4M
+_PIXEL_STD = (0.229, 0.224, 0.225)
+_MIN_SEQUENCE_POSITIONS = 512
+_INIT_STD = 0.02
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm without bias, eps 1e-6."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-6, bias=False)
+
+
+class Stacked(nn.Linear):
+    """Several matrices of one input as one, without bias; initialised as if they were separate."""
+
+    def __init__(self, dim: int, width: int, parts: int) -> None:
+        super().__init__(dim, parts * width, bias=False)
+        self.parts = parts
+
+
+class Attention(nn.Module):
+    """Multi-head attention, of a sequence to itself or to a context. No biases."""
+
+    def __init__(self, dim: int, head_dim: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.query = nn.Linear(dim, dim, bias=False) if cross else None
+        self.projections = Stacked(dim, dim, 2 if cross else 3)  # (q,) k, v
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """``x`` (B, T, D), ``mask`` bool broadcast to (B, 1, T, S), True where it may look; ``context`` (B, S, D)."""
+        source = x if context is None else context
+        heads = [self._split(part) for part in self.projections(source).chunk(self.projections.parts, dim=-1)]
+        query = self._split(self.query(x)) if self.query is not None else heads.pop(0)
+        key, value = heads
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, head_dim)
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1 x) * fc3 x), with fc1 and fc3 as one matrix."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = Stacked(dim, hidden, 2)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config.dim)
+        self.attention = Attention(config.dim, config.head_dim)
+        self.mlp_norm = Norm(config.dim)
+        self.mlp = SwiGLU(config.dim, config.mlp_hidden)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config.dim)
+        self.attention = Attention(config.dim, config.head_dim)
+        self.query_norm = Norm(config.dim)
+        self.context_norm = Norm(config.dim)
+        self.cross_attention = Attention(config.dim, config.head_dim, cross=True)
+        self.mlp_norm = Norm(config.dim)
+        self.mlp = SwiGLU(config.dim, config.mlp_hidden)
+
+    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask)
+        x = x + self.cross_attention(self.query_norm(x), context_mask, self.context_norm(context))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class FourMill(nn.Module):
+    """Predicts any modality from any others. Weights are a function of (config, seed)."""
+
+    input_offset: Tensor  # int64 (M,): where a modality's rows begin in a table
+    target_offset: Tensor
+    position_offset: Tensor
+    fixed_positions: Tensor  # float32 (rows, D)
+    is_causal: Tensor  # bool (M,)
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False  # recompute blocks in the backward pass
+        specs, dim = config.modalities, config.dim
+        self._offsets("input_offset", [s.vocab_size if s.is_input else 0 for s in specs])
+        self._offsets("target_offset", [s.vocab_size if s.is_target else 0 for s in specs])
+        self._position_tables()
+        self.register_buffer("is_causal", torch.tensor([s.is_sequence for s in specs]), persistent=False)
+        self.encoder_tokens = nn.Embedding(max(1, sum(s.vocab_size for s in specs if s.is_input)), dim)
+        self.decoder_tokens = nn.Embedding(max(1, sum(s.vocab_size for s in specs if s.is_target)), dim)
+        self.modality_embedding = nn.Parameter(torch.empty(len(specs), dim))
+        self.mask_token = nn.Parameter(torch.empty(dim))
+        self.patch_projection = (
+            nn.Linear(3 * PATCH_SIZE**2, dim, bias=False) if any(s.kind == "pixels" for s in specs) else None
+        )
+        self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_depth))
+        self.encoder_norm = Norm(dim)
+        self.context_projection = nn.Linear(dim, dim)
+        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))
+        self.decoder_norm = Norm(dim)
+        self._initialise(seed)
+
+    # -- construction ---------------------------------------------------------------------------------
+
+    def _offsets(self, name: str, sizes: list[int]) -> None:
+        starts = [sum(sizes[:m]) for m in range(len(sizes))]
+        self.register_buffer(name, torch.tensor(starts), persistent=False)
+
+    def _position_tables(self) -> None:
+        """One table: fixed sine-cosine rows of grids and sequences, then the learned ones of vectors."""
+        tables: dict[object, Tensor] = {}
+        rows: list[int] = []
+        learned = 0
+        specs, dim = self.config.modalities, self.config.dim
+        longest = max([2 * (s.num_tokens + 1) for s in specs if s.is_sequence], default=0)
+        for spec in specs:
+            if spec.is_sequence and "sequence" not in tables:
+                tables["sequence"] = sincos_1d(max(_MIN_SEQUENCE_POSITIONS, longest), dim)
+            elif spec.kind in ("grid", "pixels") and spec.side not in tables:
+                tables[spec.side] = sincos_2d(spec.side, spec.side, dim)
+        starts, total = {}, 0
+        for key, table in tables.items():
+            starts[key], total = total, total + len(table)
+        for spec in specs:
+            if spec.kind == "vector":
+                rows.append(total + learned)
+                learned += spec.num_tokens
+            else:
+                rows.append(starts["sequence" if spec.is_sequence else spec.side])
+        fixed = torch.cat(list(tables.values())) if tables else torch.zeros(0, dim)
+        self.register_buffer("fixed_positions", fixed, persistent=False)
+        self.register_buffer("position_offset", torch.tensor(rows), persistent=False)
+        self.learned_positions = nn.Parameter(torch.empty(learned, dim)) if learned else None
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Xavier-uniform for each matrix by itself (q, k, v and gate, up count as separate); embeddings N(0, 0.02).
+
+        The decoder's token tables are also the heads, and get a head's initialisation, by modality.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                parts = module.parts if isinstance(module, Stacked) else 1
+                _xavier(module.weight, module.in_features, module.out_features // parts, generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for parameter in (
+            self.encoder_tokens.weight,
+            self.modality_embedding,
+            self.mask_token,
+            self.learned_positions,
+        ):
+            if parameter is not None:
+                parameter.normal_(0.0, _INIT_STD, generator=generator)
+        for m, spec in enumerate(self.config.modalities):
+            if spec.is_target:
+                _xavier(self.head(m), self.config.dim, spec.vocab_size, generator)
+
+    # -- parts ----------------------------------------------------------------------------------------
+
+    def head(self, modality: int) -> Tensor:
+        """(V, D): the rows of the decoder's token table that belong to a modality; logits are x @ head.T."""
+        start = sum(s.vocab_size for s in self.config.modalities[:modality] if s.is_target)
+        return self.decoder_tokens.weight[start : start + self.config.modalities[modality].vocab_size]
+
+    def _embedding(self, modality: Tensor, positions: Tensor) -> Tensor:
+        """Position plus modality (B, L, D), zero in empty slots."""
+        table = self.fixed_positions
+        if self.learned_positions is not None:
+            table = torch.cat([table, self.learned_positions])
+        index = modality.clamp(min=0)
+        embedding = F.embedding(self.position_offset[index] + positions, table) + F.embedding(
+            index, self.modality_embedding
+        )
+        return embedding * (modality >= 0).unsqueeze(-1)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Context (B, N, D) for the decoder, and its key mask (B, 1, 1, N), None when every slot is full."""
+        modality = batch.input_modality.long()
+        full = modality >= 0
+        tokens = self.encoder_tokens(
+            self.input_offset[modality.clamp(min=0)] + batch.input_ids
+        ) * full.unsqueeze(-1)
+        if self.patch_projection is not None:
+            tokens = self._add_patches(tokens, batch)
+        embedding = self._embedding(modality, batch.input_positions.long())
+        mask = None if batch.inputs_full else _key_mask(full)
+        x = tokens + embedding
+        for block in self.encoder:
+            x = self._run(block, x, mask)
+        return self.context_projection(self.encoder_norm(x)) + embedding, mask
+
+    def _add_patches(self, tokens: Tensor, batch: Batch) -> Tensor:
+        assert self.patch_projection is not None
+        scale = torch.tensor(_PIXEL_STD, device=tokens.device).repeat(PATCH_SIZE**2)
+        shift = torch.tensor(_PIXEL_MEAN, device=tokens.device).repeat(PATCH_SIZE**2)
+        patches = self.patch_projection((batch.patches / 255.0 - shift) / scale)
+        return tokens.flatten(0, 1).index_copy(0, batch.patch_slots, patches.to(tokens.dtype)).view_as(tokens)
+
+    def decode(self, batch: Batch, context: Tensor, context_mask: Tensor | None) -> Tensor:
+        """(B, T, D): the normalised state of every target slot."""
+        modality = batch.target_modality.long()
+        offset = self.target_offset[modality.clamp(min=0)]
+        tokens = self.decoder_tokens(offset + batch.previous.clamp(min=0))
+        tokens = torch.where((batch.previous < 0).unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        x = tokens * (modality >= 0).unsqueeze(-1) + self._embedding(modality, batch.target_positions.long())
+        mask = decoder_mask(modality, self.is_causal)
+        for block in self.decoder:
+            x = self._run(block, x, mask, context, context_mask)
+        return self.decoder_norm(x)
+
+    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        if self.checkpoint_blocks and self.training:
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def logits(self, batch: Batch, states: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each modality with labels: its index, logits (n, V) and labels int64 (n,), in the batch's label order."""
+        chosen = states.flatten(0, 1).index_select(0, batch.label_order).split(batch.counts)
+        labels = batch.labels.flatten().index_select(0, batch.label_order).long().split(batch.counts)
+        for m, count in enumerate(batch.counts):
+            if count:
+                yield m, F.linear(chosen[m], self.head(m)), labels[m]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 (M,): the sum of the cross-entropies of each modality's labels, in nats."""
+        states = self.decode(batch, *self.encode(batch))
+        sums = [states.new_zeros((), dtype=torch.float32)] * len(self.config.modalities)
+        for m, logits, labels in self.logits(batch, states):
+            sums[m] = F.cross_entropy(logits.float(), labels, reduction="sum")
+        return torch.stack(sums)
+
+
+def decoder_mask(modality: Tensor, is_causal: Tensor) -> Tensor:
+    """bool (B, 1, T, T), True where slot i may look at slot j (section 3.6 of the 4M notes).
+
+    Within a modality only; grids and vectors see all of it, sequences what comes before. Every slot sees itself,
+    so that empty ones have something to attend to.
+    """
+    same = (modality[:, :, None] == modality[:, None, :]) & (modality[:, None, :] >= 0)
+    slots = torch.arange(modality.shape[1], device=modality.device)
+    earlier = slots[:, None] >= slots[None, :]
+    causal = is_causal[modality.clamp(min=0)][:, :, None]
+    allowed = same & (earlier | ~causal) | torch.eye(len(slots), dtype=torch.bool, device=modality.device)
+    return allowed[:, None]
+
+
+def _key_mask(full: Tensor) -> Tensor:
+    """bool (B, 1, 1, N): the slots that hold something; all of them in a row that holds nothing (uniform attention)."""
+    return (full | ~full.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def _xavier(weight: Tensor, fan_in: int, fan_out: int, generator: torch.Generator) -> None:
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    weight.uniform_(-bound, bound, generator=generator)
