@@ -119,7 +119,7 @@ def make_processor() -> Any:
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 (B, S, S, 3) to float32 (B, 3, S, S) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def image_tokens(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

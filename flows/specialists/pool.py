@@ -43,8 +43,14 @@ class Pool:
 
     def first(self, count: int) -> Pool:
         """The first scenes alone."""
-        arrays = (a[:count] for a in (self.image, self.instance, self.cells, self.boxes, self.box_classes))
-        return Pool(*arrays, captions=self.captions[:count])
+        return Pool(
+            image=self.image[:count],
+            instance=self.instance[:count],
+            cells=self.cells[:count],
+            boxes=self.boxes[:count],
+            box_classes=self.box_classes[:count],
+            captions=self.captions[:count],
+        )
 
 
 def open_pool(seed: int, count: int, size: int, cache: Path | None = None) -> Pool:
@@ -53,9 +59,18 @@ def open_pool(seed: int, count: int, size: int, cache: Path | None = None) -> Po
     folder = root / f"v{VERSION}-seed{seed}-{size}px-{count}"
     if not folder.is_dir():
         _write_pool(folder, seed, count, size)
-    names = ("image", "instance", "cells", "boxes", "box_classes")
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
-    return Pool(*arrays, captions=json.loads((folder / "captions.json").read_text()))
+
+    def array(name: str) -> np.ndarray:
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+    return Pool(
+        image=array("image"),
+        instance=array("instance"),
+        cells=array("cells"),
+        boxes=array("boxes"),
+        box_classes=array("box_classes"),
+        captions=json.loads((folder / "captions.json").read_text()),
+    )
 
 
 def _write_pool(folder: Path, seed: int, count: int, size: int) -> None:
