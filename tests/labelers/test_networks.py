@@ -42,9 +42,10 @@ def test_labels_keep_the_contract_in_any_frame(kit: Kit, name: str, kind: str) -
     labels = labeler.label(batch)
     check(labeler.describe(), labels, batch.frames, batch.keys, name)
     again = labeler.label(batch)
+    assert name != "det" or len(labels[2]) > 0
     for label, other in zip(labels, again, strict=True):
         if isinstance(label, Boxes):
-            assert len(label) > 0 and (np.diff(label.scores) <= 0).all()
+            assert (np.diff(label.scores) <= 0).all()
             assert label.xyxy.tobytes() == other.xyxy.tobytes()
         else:
             assert label.tobytes() == other.tobytes()
