@@ -143,7 +143,7 @@ class FourMill(nn.Module):
     # -- construction ---------------------------------------------------------------------------------
 
     def _offsets(self, name: str, sizes: list[int]) -> None:
-        starts = [sum(sizes[:m]) for m in range(len(sizes))]
+        starts = [sum(sizes[:m]) if size else 0 for m, size in enumerate(sizes)]  # 0: has no rows, any will do
         self.register_buffer(name, torch.tensor(starts), persistent=False)
 
     def _position_tables(self) -> None:
@@ -170,7 +170,9 @@ class FourMill(nn.Module):
         fixed = torch.cat(list(tables.values())) if tables else torch.zeros(0, dim)
         self.register_buffer("fixed_positions", fixed, persistent=False)
         self.register_buffer("position_offset", torch.tensor(rows), persistent=False)
-        self.learned_positions = nn.Parameter(torch.empty(learned, dim)) if learned else None
+        # Learned positions are not shared between encoder and decoder, as in 4M.
+        self.encoder_positions = nn.Parameter(torch.empty(learned, dim)) if learned else None
+        self.decoder_positions = nn.Parameter(torch.empty(learned, dim)) if learned else None
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
@@ -185,12 +187,8 @@ class FourMill(nn.Module):
                 _xavier(module.weight, module.in_features, module.out_features // parts, generator)
                 if module.bias is not None:
                     module.bias.zero_()
-        for parameter in (
-            self.encoder_tokens.weight,
-            self.modality_embedding,
-            self.mask_token,
-            self.learned_positions,
-        ):
+        embeddings = (self.encoder_tokens.weight, self.modality_embedding, self.mask_token)
+        for parameter in (*embeddings, self.encoder_positions, self.decoder_positions):
             if parameter is not None:
                 parameter.normal_(0.0, _INIT_STD, generator=generator)
         for m, spec in enumerate(self.config.modalities):
@@ -204,11 +202,9 @@ class FourMill(nn.Module):
         start = sum(s.vocab_size for s in self.config.modalities[:modality] if s.is_target)
         return self.decoder_tokens.weight[start : start + self.config.modalities[modality].vocab_size]
 
-    def _embedding(self, modality: Tensor, positions: Tensor) -> Tensor:
+    def _embedding(self, modality: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
         """Position plus modality (B, L, D), zero in empty slots."""
-        table = self.fixed_positions
-        if self.learned_positions is not None:
-            table = torch.cat([table, self.learned_positions])
+        table = self.fixed_positions if learned is None else torch.cat([self.fixed_positions, learned])
         index = modality.clamp(min=0)
         embedding = F.embedding(self.position_offset[index] + positions, table) + F.embedding(
             index, self.modality_embedding
@@ -224,7 +220,7 @@ class FourMill(nn.Module):
         ) * full.unsqueeze(-1)
         if self.patch_projection is not None:
             tokens = self._add_patches(tokens, batch)
-        embedding = self._embedding(modality, batch.input_positions.long())
+        embedding = self._embedding(modality, batch.input_positions.long(), self.encoder_positions)
         mask = None if batch.inputs_full else _key_mask(full)
         x = tokens + embedding
         for block in self.encoder:
@@ -244,7 +240,9 @@ class FourMill(nn.Module):
         offset = self.target_offset[modality.clamp(min=0)]
         tokens = self.decoder_tokens(offset + batch.previous.clamp(min=0))
         tokens = torch.where((batch.previous < 0).unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        x = tokens * (modality >= 0).unsqueeze(-1) + self._embedding(modality, batch.target_positions.long())
+        x = tokens * (modality >= 0).unsqueeze(-1) + self._embedding(
+            modality, batch.target_positions.long(), self.decoder_positions
+        )
         mask = decoder_mask(modality, self.is_causal)
         for block in self.decoder:
             x = self._run(block, x, mask, context, context_mask)
@@ -266,7 +264,10 @@ class FourMill(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """float32 (M,): the sum of the cross-entropies of each modality's labels, in nats."""
         states = self.decode(batch, *self.encode(batch))
-        sums = [states.new_zeros((), dtype=torch.float32)] * len(self.config.modalities)
+        nothing = (
+            states[..., :0].float().sum()
+        )  # zero, but part of the graph: every parameter gets a gradient
+        sums = [nothing] * len(self.config.modalities)
         for m, logits, labels in self.logits(batch, states):
             sums[m] = F.cross_entropy(logits.float(), labels, reduction="sum")
         return torch.stack(sums)

@@ -14,7 +14,8 @@ KeepScheme = Literal["random", "all", "binary"]
 
 #: Fields that may differ between a run and its resumption: they change no number of the run.
 FREE_FIELDS = frozenset(
-    {"checkpoint_every", "keep_checkpoints", "log_every", "workers", "device", "activation_checkpointing"}
+    {"checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "eval_samples", "workers", "device"}
+    | {"activation_checkpointing"}
 )
 
 
@@ -99,6 +100,8 @@ class TrainConfig(_Section):
     checkpoint_every: int = Field(default=200, ge=1)  # steps; the last step always makes one
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every: int = Field(default=10, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)  # steps between losses on the split `val`; None: never
+    eval_samples: int = Field(default=512, ge=1)  # at most so many of them
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
