@@ -73,7 +73,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_made_for(folder: Path, config: dict[str, Any], modality: Modality, image_size: int) -> None:
     """Refuse a tokenizer of another modality, image size or class map, by name."""
     if config["modality"] != modality.name:
-        raise CheckpointError(f"tokenizer {folder} was made for modality {config['modality']!r}, not {modality.name!r}")
+        raise CheckpointError(
+            f"tokenizer {folder} was made for modality {config['modality']!r}, not {modality.name!r}"
+        )
     if config["image_size"] != image_size:
         raise CheckpointError(
             f"tokenizer {folder} was fitted at image_size {config['image_size']}, the dataset has {image_size}"

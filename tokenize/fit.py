@@ -34,10 +34,11 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 PRESETS: dict[str, dict[str, Any]] = {
     "4m": {},
     "demo": {
-        "dim": 128,
+        "dim": 96,
         "encoder_depth": 2,
-        "decoder_depth": 3,
-        "heads": 4,
+        "decoder_depth": 2,
+        "heads": 3,
+        "mlp_ratio": 3.0,
         "latent_dim": 16,
         "refine": 32,
         "class_dim": 8,
@@ -60,7 +61,10 @@ class FitOptions:
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    warmup: float = 0.05  # share of the run
+    warmup: float = 0.05  # share of the run in which the learning rate rises
+    relaxed: float = (
+        0.15  # share of the run before quantisation begins: codes start from latents that mean something
+    )
     seed: int = 0
     device: str = "cpu"
 
@@ -180,7 +184,7 @@ def fit_vqvae(
     while done < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * _schedule(done, options.warmup)
-        figures = _step(codec, labels, optimizer, options, generator)
+        figures = _step(codec, labels, optimizer, options, generator, done < options.relaxed)
         step += 1
         elapsed = (time.monotonic() - started) / 60
         done = max(step / options.steps, elapsed / options.minutes if options.minutes else 0.0)
@@ -239,12 +243,20 @@ def _step(
     optimizer: torch.optim.Optimizer,
     options: FitOptions,
     generator: torch.Generator,
+    relaxed: bool,
 ) -> dict[str, Tensor]:
     rows = torch.randint(len(labels), (options.batch_size,), generator=generator).tolist()
     batch = codec.to_network([labels[i] for i in rows])
     chosen = torch.rand(len(batch), generator=generator) < 0.5
     batch = codec.space.flip(batch, chosen.to(batch.device))
-    output, ids, commitment = codec.network(batch, generator)
+    if relaxed:
+        output, ids, commitment = (
+            codec.network.forward_relaxed(batch),
+            batch.new_zeros(0),
+            batch.new_zeros(()),
+        )
+    else:
+        output, ids, commitment = codec.network(batch, generator)
     loss = codec.space.loss(output, batch)
     optimizer.zero_grad(set_to_none=True)
     (loss + commitment).backward()

@@ -37,6 +37,10 @@ class Quantizer(nn.Module, ABC):
         """
 
     @abstractmethod
+    def relax(self, latents: Tensor) -> Tensor:
+        """The point (B, D, h, w) that `quantize` would round: a decoder can learn from it before there are codes."""
+
+    @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
         """Ids (B, h, w) int64 in [0, num_codes) to latents (B, D, h, w); equals what `quantize` returned."""
 
@@ -85,8 +89,7 @@ class CosineCodebook(Quantizer):
         self, latents: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, dim, height, width = latents.shape
-        flat = latents.permute(0, 2, 3, 1).reshape(-1, dim)
-        flat = F.normalize(flat.float(), dim=1)
+        flat = self.relax(latents).permute(0, 2, 3, 1).reshape(-1, dim)
         if self.training and not self.is_started:
             self._start(flat.detach(), generator)
         ids = nearest_codes(flat.detach(), self.codes)
@@ -97,6 +100,9 @@ class CosineCodebook(Quantizer):
         straight = flat + (chosen - flat).detach()
         quantized = straight.reshape(batch, height, width, dim).permute(0, 3, 1, 2)
         return quantized, ids.reshape(batch, height, width), loss
+
+    def relax(self, latents: Tensor) -> Tensor:
+        return F.normalize(latents.float(), dim=1)
 
     def lookup(self, ids: Tensor) -> Tensor:
         return self.codes[ids].permute(0, 3, 1, 2)
@@ -154,11 +160,14 @@ class FiniteScalar(Quantizer):
     def quantize(
         self, latents: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bounded = self._bound(latents.permute(0, 2, 3, 1).float())  # (B, h, w, D), each about [0, levels - 1]
+        bounded = self._bound(latents.permute(0, 2, 3, 1))  # (B, h, w, D), each about [0, levels - 1]
         digits = bounded.round().clamp(torch.zeros_like(self.levels), self.levels - 1)
         ids = (digits.detach().long() * self.strides).sum(-1)
         straight = bounded + (digits - bounded).detach()
         return self._scale(straight).permute(0, 3, 1, 2), ids, latents.new_zeros(())
+
+    def relax(self, latents: Tensor) -> Tensor:
+        return self._scale(self._bound(latents.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
     def lookup(self, ids: Tensor) -> Tensor:
         digits = ids.unsqueeze(-1) // self.strides % self.levels
@@ -167,7 +176,7 @@ class FiniteScalar(Quantizer):
     def _bound(self, values: Tensor) -> Tensor:
         # 0.49 rather than 0.5 keeps the rounding of a saturated channel inside the outermost level.
         half = (self.levels - 1) / 2
-        return half + torch.tanh(values) * (half + 0.49)
+        return half + torch.tanh(values.float()) * (half + 0.49)
 
     def _scale(self, digits: Tensor) -> Tensor:
         """Levels 0 .. L-1 to [-1, 1]."""

@@ -88,7 +88,10 @@ class Bounded(Space):
                 f"modality {modality.name!r}: a map of several channels needs `low` and `high` in its "
                 "contract to be tokenized"
             )
-        self.low, self.high = float(contract.low), float(contract.high)
+        # Contracts of unit vectors leave a little room for rounding; the vectors themselves need none.
+        self.low, self.high = (
+            (-1.0, 1.0) if contract.unit_norm else (float(contract.low), float(contract.high))
+        )
         self.channels = self.out_channels = contract.channels or 1
 
     def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:

@@ -189,6 +189,10 @@ class VQNetwork(nn.Module):
         quantized, ids, loss = self.quantizer.quantize(self.encode(x), generator)
         return self.decode(quantized), ids, loss
 
+    def forward_relaxed(self, x: Tensor) -> Tensor:
+        """The output without quantisation, for the first part of a fit."""
+        return self.decode(self.quantizer.relax(self.encode(x)))
+
 
 def _blocks(config: VQConfig, depth: int) -> nn.Sequential:
     return nn.Sequential(*(Block(config.dim, config.heads, config.mlp_ratio) for _ in range(depth)))
