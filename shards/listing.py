@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from fourmill.errors import ConfigError, SourceError
+from fourmill.errors import ConfigError, FourmillError, SourceError
 
 MAX_FILES = 1_000_000  # of one brace expression
 
@@ -36,11 +38,13 @@ class SourceFile:
 class Root:
     """The fixed part of a source's URL: a file system and a folder on it. Pickles as the URL."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, endings: Sequence[str] = ()) -> None:
+        """A URL without braces or stars that ends in one of ``endings`` is one file, any other a folder."""
         if not isinstance(url, str) or not url.strip():
             raise ConfigError(f"source.url: expected a path or URL, got {url!r}")
         self.url = url
-        self.fixed, self.pattern = _split_url(url)
+        self.endings = tuple(endings)
+        self.fixed, self.pattern = _split_url(url, self.endings)
         try:
             self.fs, folder = fsspec.core.url_to_fs(self.fixed)
         except (ValueError, ImportError) as error:
@@ -48,8 +52,8 @@ class Root:
         self.folder = str(folder).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
-    def __reduce__(self) -> tuple[type[Root], tuple[str]]:
-        return Root, (self.url,)
+    def __reduce__(self) -> tuple[type[Root], tuple[str, tuple[str, ...]]]:
+        return Root, (self.url, self.endings)
 
     def path(self, name: str) -> str:
         """The path of a name that this source gave out; names that lead elsewhere are refused."""
@@ -57,42 +61,42 @@ class Root:
             raise SourceError(f"source {self.url}: {name!r} is not a file of this source")
         return f"{self.folder}/{name}"
 
-    def list_folder(self, folder: str, endings: Sequence[str]) -> list[SourceFile]:
-        """Every file at any depth whose name ends so (lower case), hidden ones left out, sorted by name."""
-        if self.is_local:
-            found: Iterable[SourceFile] = self._walk(folder, endings)
-        else:
-            found = self._find(folder, endings)
-        return sorted(found, key=lambda file: file.name)
+    def files(self, what: str) -> list[SourceFile]:
+        """The files that the URL stands for: those of a brace or star expression, one file, or all in a folder.
 
-    def list_pattern(self, endings: Sequence[str], what: str) -> list[SourceFile]:
-        """The files that the URL stands for: a brace or star expression, one file, or a folder of such files.
-
-        Raises SourceError where a file that the braces name is missing, or there is none at all.
+        Raises SourceError where one that the braces name is missing, or there is none at all.
         """
-        try:
+        with reported(self.url):
             self.fs.invalidate_cache()
-            files = self._expand(endings)
-        except (SourceError, ConfigError):
-            raise
-        except Exception as error:  # each kind of storage has errors of its own
-            raise SourceError(
-                f"source {self.url}: cannot be listed: {type(error).__name__}: {error}"
-            ) from error
+            files = self._expand()
         if not files:
-            raise SourceError(f"source {self.url}: no {what} there (looked for {', '.join(endings)})")
+            raise SourceError(f"source {self.url}: no {what} there (looked for {', '.join(self.endings)})")
         return files
 
-    def _expand(self, endings: Sequence[str]) -> list[SourceFile]:
-        if "{" in self.pattern:
-            return self._listed(_braces(self.url, self.pattern))
-        if "*" in self.pattern:
-            paths = self.fs.glob(f"{self.folder}/{self.pattern}")
-            return self._listed(sorted(str(path)[len(self.folder) + 1 :] for path in paths))
+    def list_folder(self, folder: str, endings: Sequence[str]) -> list[SourceFile]:
+        """Every file at any depth whose name ends so (lower case), hidden ones left out, sorted by name."""
+        found = self._walk(folder, endings) if self.is_local else self._find(folder, endings)
+        return sorted(found, key=lambda file: file.name)
+
+    def _expand(self) -> list[SourceFile]:
+        if "{" in self.pattern or "*" in self.pattern:
+            names = [match for name in _braces(self.url, self.pattern) for match in self._glob(name)]
+            return self._listed(list(dict.fromkeys(names)))
         whole = f"{self.folder}/{self.pattern}" if self.pattern else self.folder
         if self.fs.isdir(whole):
-            return self.list_folder(whole, endings)
+            return self.list_folder(whole, self.endings)
+        if not self.pattern and self.fs.exists(whole):
+            raise SourceError(
+                f"source {self.url}: is neither a folder nor a {' or '.join(self.endings)} file"
+            )
+        if not self.pattern:
+            raise FileNotFoundError(self.url)
         return self._listed([self.pattern])
+
+    def _glob(self, name: str) -> list[str]:
+        if "*" not in name:
+            return [name]
+        return sorted(str(path)[len(self.folder) + 1 :] for path in self.fs.glob(f"{self.folder}/{name}"))
 
     def _listed(self, names: Sequence[str]) -> list[SourceFile]:
         """Size and etag of each, one listing per folder where the store can list."""
@@ -149,24 +153,37 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _split_url(url: str) -> tuple[str, str]:
-    """(fixed folder, rest): the rest begins with the first path part that has a brace or a star."""
+@contextmanager
+def reported(url: str) -> Iterator[None]:
+    """What goes wrong while a source is listed, as one SourceError that names the URL."""
+    try:
+        yield
+    except FourmillError:
+        raise
+    except FileNotFoundError as error:
+        raise SourceError(f"source {url}: {error.filename or error} does not exist") from error
+    except Exception as error:  # each kind of storage has errors of its own
+        raise SourceError(f"source {url}: cannot be listed: {type(error).__name__}: {error}") from error
+
+
+def _split_url(url: str, endings: tuple[str, ...]) -> tuple[str, str]:
+    """(fixed folder, rest): the rest begins with the first path part that has a brace or a star, or is a file."""
     wild = re.search(r"[{*]", url)
-    if wild is None:
+    if wild is None and not (endings and url.lower().endswith(endings)):
         return url.rstrip("/") or url, ""
-    slash = url.rfind("/", 0, wild.start())
+    slash = url.rfind("/", 0, wild.start() if wild else len(url))
+    if slash <= url.find("://") + 2 and "://" in url:
+        raise ConfigError(f"source.url: {url}: braces and stars can't stand for the bucket or host")
     return (url[:slash] or "/", url[slash + 1 :]) if slash >= 0 else (".", url)
 
 
 def _braces(url: str, pattern: str) -> list[str]:
-    names: list[str] = []
     try:
-        for name in braceexpand(pattern):
-            names.append(name)
-            if len(names) > MAX_FILES:
-                raise ConfigError(f"source.url: {url} stands for more than {MAX_FILES} files")
-    except UnbalancedBracesError as error:
+        names = list(islice(braceexpand(pattern), MAX_FILES + 1))
+    except ValueError as error:
         raise ConfigError(f"source.url: {url}: {error}") from error
+    if len(names) > MAX_FILES:
+        raise ConfigError(f"source.url: {url} stands for more than {MAX_FILES} files")
     return names
 
 

@@ -29,7 +29,7 @@ from fourmill.modality import Modality
 
 BLOCK = 512
 MAX_PIXELS = 64 << 20  # of a label map that is read back
-MAX_NAME_BYTES = 1 << 20  # of a long member name; longer ones are damage
+MAX_NAME_BYTES = 64 << 10  # of a long member name; longer ones are damage
 
 # -- writing ------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ def scan_tar(stream: BinaryIO, size: int) -> Iterator[Member | Damage]:
         data, has_data = at + BLOCK, kind in b"0\0\x37SLKxgX"
         end = data + (length + -length % BLOCK if has_data else 0)
         if length < 0 or (has_data and data + length > size):
-            yield Damage(f"member {override.get('path', name)!r} is cut off", at)
+            yield Damage(f"member {override.get('path', name)[:200]!r} is cut off", at)
             return
         if kind in b"LKxX":
             if length > MAX_NAME_BYTES:
