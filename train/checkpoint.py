@@ -80,6 +80,7 @@ def save(
     content = {"format": FORMAT, **asdict(state), "files": files}
     (temporary / "state.json").write_text(json.dumps(content, indent=1))
     for path in temporary.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
         _sync(path)
     _sync(temporary)
     if final.exists():  # a damaged one of the same step

@@ -14,7 +14,9 @@ from fourmill.train.draws import Draws
 from fourmill.train.presets import EOS, FIRST_SENTINEL, NUM_SENTINELS
 
 _SHRINK = 0.9  # of keep_prob, while the input is longer than its budget
-_MOST_TRIES = 200  # keep_prob is then below 1e-9: nothing is kept
+_MOST_TRIES = 200  # keep_prob is then below 1e-9, and everything is dropped
+_TRIES_AT_ONCE = 8
+_SHRINKING = _SHRINK ** np.arange(_TRIES_AT_ONCE)
 KEEP_RANDOM, KEEP_ALL, KEEP_BINARY = range(3)
 
 
@@ -95,24 +97,27 @@ def _choose(
     keep = np.select([scheme == KEEP_ALL, scheme == KEEP_BINARY], [1.0, (first < 0.5) * 1.0], first)
     dropped = np.ones(ids.shape, bool)
     todo = np.flatnonzero((budget > 0) & (lengths > 0))
-    for attempt in range(_MOST_TRIES):
+    for block in range(_MOST_TRIES // _TRIES_AT_ONCE):
         if not todo.size:
             break
-        uniforms = draws.rows(todo).uniform(f"span/{name}/{attempt}", ids.shape[1])
-        dropped[todo] = uniforms > keep[todo, None]
-        too_long = _input_lengths(dropped[todo], lengths[todo]) > budget[todo]
-        keep[todo] *= _SHRINK
-        todo = todo[too_long]
-    dropped[todo] = True
+        # Token by token, then try by try: a row's numbers must not depend on the longest sequence of the batch.
+        uniforms = draws.rows(todo).uniform(f"span/{name}/{block}", ids.shape[1] * _TRIES_AT_ONCE)
+        uniforms = uniforms.reshape(len(todo), -1, _TRIES_AT_ONCE).swapaxes(1, 2)
+        tries = uniforms > keep[todo, None, None] * _SHRINKING[:, None]
+        fits = _input_lengths(tries, lengths[todo, None]) <= budget[todo, None]
+        done = fits.any(1)
+        dropped[todo[done]] = tries[done, fits[done].argmax(1)]
+        keep[todo] *= _SHRINK**_TRIES_AT_ONCE
+        todo = todo[~done]
     return dropped
 
 
 def _input_lengths(dropped: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(B,) tokens of the input: those kept and one sentinel for each run of dropped ones."""
+    """Tokens of the input, of dropped (..., L): those kept and one sentinel for each run of dropped ones."""
     shown = ~dropped
-    shown[:, 0] = True
-    shown[:, 1:] |= ~dropped[:, :-1]
-    return (shown & (np.arange(dropped.shape[1]) < lengths[:, None])).sum(1)
+    shown[..., 0] = True
+    shown[..., 1:] |= ~dropped[..., :-1]
+    return (shown & (np.arange(dropped.shape[-1]) < lengths[..., None])).sum(-1)
 
 
 def cut_targets(
