@@ -263,14 +263,10 @@ def test_det_threshold(kit: Any) -> None:
     frame = np.zeros((37, 53, 3), np.uint8)
     for name, (x0, y0, x1, y1) in RECTANGLES.items():
         frame[y0:y1, x0:x1] = OBJECT_COLOURS[name]
-    counts = [
-        len(
-            labeler_with(kit, "det", "rt_detr", SigmoidReader, min_score=score).label(kit.as_batch([frame]))[
-                0
-            ]
-        )
-        for score in (0.0, 0.2, 0.5, 0.9, 0.97, 0.99)
-    ]
+    labeler, counts = labeler_with(kit, "det", "rt_detr", SigmoidReader), []
+    for score in (0.0, 0.2, 0.5, 0.9, 0.97, 0.99):
+        labeler.params["min_score"] = score
+        counts.append(len(labeler.label(kit.as_batch([frame]))[0]))
     assert counts == [4, 4, 3, 2, 1, 0]  # never the empty box, nor the one in the padding
 
 
