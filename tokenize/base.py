@@ -47,6 +47,10 @@ class Codec(ABC):
     def decode(self, values: Sequence[Value]) -> list[Label]:
         """The labels that the values stand for. Total: any legal token ids give a valid label."""
 
+    def to(self, device: str) -> Codec:
+        """Move a network, where there is one, to ``device``; returns the codec itself."""
+        return self
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write config.json (with ``family``, ``modality``, ``image_size``) and weights."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,10 @@ CODEBOOKS: dict[str, dict[str, int]] = {
     "demo": {"rgb": 1024, "depth": 512, "normal": 512, "semseg": 256, "clip": 512, "": 512},
 }
 
+_VOCABULARY_OPTIONS = ("vocabulary", "vocabulary_captions", "vocabulary_classes", "vocabulary_size")
+_PIXEL_OPTIONS = ("format", "quality", "lossless", "patch_size")
+_FLOW_OPTIONS = ("samples",)  # under `fit:` too, and the caller's affair
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitOptions:
@@ -67,6 +73,7 @@ class FitOptions:
     )
     seed: int = 0
     device: str = "cpu"
+    precision: str = "fp32"  # or "bf16": autocast, the quantizer excepted; for GPUs
 
 
 def fit_needed(modality: Modality) -> bool:
@@ -114,23 +121,34 @@ def fit_codec(
         codec = _fit_labels(modality, labels, held_out, fit, network, image_size, progress)
         codec.save(out)
     elif family in ("text", "boxes"):
-        vocabulary = _vocabulary(options, modality)
+        _check_options(options, modality, _VOCABULARY_OPTIONS)
         cls = TextCodec if family == "text" else BoxesCodec
-        cls(modality, image_size, vocabulary).save(out)
+        cls(modality, image_size, _vocabulary(options, modality)).save(out)
     elif family == "pixels":
-        chosen = {k: v for k, v in options.items() if k in ("format", "quality", "lossless", "patch_size")}
+        _check_options(options, modality, _PIXEL_OPTIONS)
+        chosen = {name: options[name] for name in _PIXEL_OPTIONS if name in options}
         PixelsCodec(modality, image_size, **chosen).save(out)
     else:
         raise ConfigError(f"modality {modality.name!r}: no way to fit the codec family {family!r}")
     return out
 
 
+def _check_options(options: Mapping[str, Any], modality: Modality, own: tuple[str, ...]) -> None:
+    known = {*own, *_VOCABULARY_OPTIONS, *_FLOW_OPTIONS, *(field.name for field in fields(FitOptions))}
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"modalities.{modality.name}.tokenizer.{name}: unknown option{nearest(name, own)}"
+            )
+
+
 def _split_options(options: Mapping[str, Any], modality: Modality) -> tuple[FitOptions, dict[str, Any]]:
-    """Fit options, and overrides of the network; the vocabulary's options belong to other families."""
+    """Fit options, and overrides of the network."""
+    _check_options(options, modality, tuple(field.name for field in fields(VQConfig)))
     known = {field.name for field in fields(FitOptions)}
     fit = FitOptions(**{k: v for k, v in options.items() if k in known})
-    rest = {k: v for k, v in options.items() if k not in known and not k.startswith("vocabulary")}
-    return fit, {**modality.codec_options, **rest}
+    other = {*known, *_VOCABULARY_OPTIONS, *_FLOW_OPTIONS}
+    return fit, {**modality.codec_options, **{k: v for k, v in options.items() if k not in other}}
 
 
 def _vocabulary(options: Mapping[str, Any], modality: Modality) -> Vocabulary:
@@ -181,18 +199,22 @@ def fit_vqvae(
     optimizer = _optimizer(codec.network, options)
     generator = torch.Generator().manual_seed(options.seed)
     started, done, step = time.monotonic(), 0.0, 0
-    while done < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * _schedule(done, options.warmup)
-        figures = _step(codec, labels, optimizer, options, generator, done < options.relaxed)
-        step += 1
-        elapsed = (time.monotonic() - started) / 60
-        done = max(step / options.steps, elapsed / options.minutes if options.minutes else 0.0)
-        if progress and (step % 20 == 0 or done >= 1.0):
-            total = options.steps if not options.minutes else max(step, round(step / done))
-            progress(step, total, {name: float(value) for name, value in figures.items()})
+    with closing(_batches(codec, labels, options)) as batches:
+        while done < 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * _schedule(done, options.warmup)
+            figures = _step(codec, next(batches), optimizer, options, generator, done < options.relaxed)
+            step += 1
+            elapsed = (time.monotonic() - started) / 60
+            done = max(step / options.steps, elapsed / options.minutes if options.minutes else 0.0)
+            if progress and (step % 20 == 0 or done >= 1.0):
+                total = options.steps if not options.minutes else max(step, round(step / done))
+                progress(step, total, {name: float(value) for name, value in figures.items()})
     codec.to("cpu").freeze()
-    codec.card.update(fit={**asdict(options), "steps_done": step, "num_labels": len(labels)})
+    parameters = sum(p.numel() for p in codec.network.parameters())
+    codec.card.update(
+        parameters=parameters, fit={**asdict(options), "steps_done": step, "num_labels": len(labels)}
+    )
     return codec
 
 
@@ -237,36 +259,50 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
+def _batches(codec: VQVAE, labels: Sequence[Label], options: FitOptions) -> Generator[Tensor, None, None]:
+    """Random batches for ever, flipped by chance; another thread reads one ahead, as labels may come from storage."""
+    generator = torch.Generator().manual_seed(options.seed + 1)
+
+    def read(rows: list[int], flipped: Tensor) -> Tensor:
+        batch = codec.to_network([labels[row] for row in rows])
+        return codec.space.flip(batch, flipped.to(batch.device))
+
+    def submit(pool: ThreadPoolExecutor) -> Future[Tensor]:
+        rows = torch.randint(len(labels), (options.batch_size,), generator=generator).tolist()
+        return pool.submit(read, rows, torch.rand(options.batch_size, generator=generator) < 0.5)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="fit-labels") as pool:
+        ahead = submit(pool)
+        while True:
+            batch = ahead.result()
+            ahead = submit(pool)
+            yield batch
+
+
 def _step(
     codec: VQVAE,
-    labels: Sequence[Label],
+    batch: Tensor,
     optimizer: torch.optim.Optimizer,
     options: FitOptions,
     generator: torch.Generator,
     relaxed: bool,
 ) -> dict[str, Tensor]:
-    rows = torch.randint(len(labels), (options.batch_size,), generator=generator).tolist()
-    batch = codec.to_network([labels[i] for i in rows])
-    chosen = torch.rand(len(batch), generator=generator) < 0.5
-    batch = codec.space.flip(batch, chosen.to(batch.device))
-    if relaxed:
-        output, ids, commitment = (
-            codec.network.forward_relaxed(batch),
-            batch.new_zeros(0),
-            batch.new_zeros(()),
-        )
-    else:
-        output, ids, commitment = codec.network(batch, generator)
-    loss = codec.space.loss(output, batch)
+    with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
+        if relaxed:
+            output, ids, commitment = (
+                codec.network.forward_relaxed(batch),
+                None,
+                batch.new_zeros((), dtype=torch.float32),
+            )
+        else:
+            output, ids, commitment = codec.network(batch, generator)
+    loss = codec.space.loss(output.float(), batch)
     optimizer.zero_grad(set_to_none=True)
     (loss + commitment).backward()
     torch.nn.utils.clip_grad_norm_(codec.network.parameters(), 1.0)
     optimizer.step()
-    return {
-        "loss": loss.detach(),
-        "commitment": commitment.detach(),
-        "codes": torch.tensor(len(ids.unique())),
-    }
+    codes = 0 if ids is None else len(ids.unique())
+    return {"loss": loss.detach(), "commitment": commitment.detach(), "codes": torch.tensor(codes)}
 
 
 def measure(codec: VQVAE, held_out: Sequence[Label], batch_size: int = 32) -> dict[str, float]:

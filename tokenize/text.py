@@ -33,8 +33,9 @@ class VocabularyCodec(Codec):
         }
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self.vocabulary.save(folder / FILE_NAME)
-        card = f"modality: {self.modality.name}\nvocabulary: {self.vocabulary.size}\n"
-        (folder / "card.yaml").write_text(card)
+        (folder / "card.yaml").write_text(
+            f"modality: {self.modality.name}\nvocabulary: {self.vocabulary.size}\n"
+        )
 
     @classmethod
     def load(cls, folder: Path, modality: Modality, image_size: int) -> VocabularyCodec:

@@ -186,7 +186,9 @@ class VQNetwork(nn.Module):
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(output, ids (B, h, w), quantizer loss)."""
-        quantized, ids, loss = self.quantizer.quantize(self.encode(x), generator)
+        latents = self.encode(x)
+        with torch.autocast(x.device.type, enabled=False):  # the nearest of thousands of codes needs float32
+            quantized, ids, loss = self.quantizer.quantize(latents.float(), generator)
         return self.decode(quantized), ids, loss
 
     def forward_relaxed(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+import yaml
 
 from fourmill.flows.specialists.pool import HELD_OUT_SEED, TRAIN_SEED, Progress
 from fourmill.labelers.base import LabelBatch, LabelerSettings, labelers
@@ -127,6 +128,11 @@ def fit(
         clock.tick(step, json.dumps({key: round(value, 4) for key, value in figures.items()}))
 
     fit_codec(modality, train, held_out, image_size=SIZE, options=options, out=out, progress=report)
+    card = yaml.safe_load((out / "card.yaml").read_text())
+    card["data"] = (
+        f"scenes version {VERSION} at {SIZE} px: seed {TRAIN_SEED} to fit, seed {HELD_OUT_SEED} held out"
+    )
+    (out / "card.yaml").write_text(yaml.safe_dump(card, sort_keys=False, width=110))
     say((out / "card.yaml").read_text())
     return out
 

@@ -98,7 +98,30 @@ def test_labels_may_be_lazy(tmp_path: Path) -> None:
 
     lazy = Lazy()
     fit_codec(DEPTH, lazy, [], image_size=SIZE, options={**TINY, "steps": 2}, out=tmp_path)
-    assert lazy.read == 16
+    assert lazy.read == 24, "two batches of eight, and one read ahead"
+
+
+def test_bfloat16_leaves_the_codes_in_float32(tmp_path: Path) -> None:
+    options = {**TINY, "steps": 30, "precision": "bf16", "relaxed": 0.2}
+    fit_codec(DEPTH, planes(16, 0), planes(8, 1), image_size=SIZE, options=options, out=tmp_path)
+    assert yaml.safe_load((tmp_path / "card.yaml").read_text())["held_out"]["abs_rel"] < 1
+
+
+def test_a_reader_that_fails_ends_the_fit(tmp_path: Path) -> None:
+    class Broken(list[Label]):
+        def __getitem__(self, index: Any) -> Any:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit_codec(DEPTH, Broken(planes(4, 0)), [], image_size=SIZE, options=TINY, out=tmp_path)
+
+
+def test_misspelt_options_are_named(tmp_path: Path) -> None:
+    for modality, option, hint in (
+        (DEPTH, "codebok_size", "codebook_size"), (CAPTION, "vocabulry", "vocabulary"), (RGB_PIXELS, "qualty", "quality")
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"modalities\.{modality.name}\.tokenizer\.{option}.*'{hint}'"):
+            fit_codec(modality, planes(2, 0), [], image_size=SIZE, options={option: 1}, out=tmp_path)
 
 
 def test_a_time_limit_ends_the_fit(tmp_path: Path) -> None:
