@@ -15,8 +15,8 @@ from fourmill.seeds import generator
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SCENE_LABELS = {0: "floor", 1: "wall", 2: "sphere", 3: "box", 4: "cylinder"}
-#: as in COCO's numbering: gaps, and ids that don't start at the first class
-DET_LABELS = {0: "N/A", 1: "sphere", 2: "box", 3: "N/A", 4: "cylinder"}
+#: gaps and a late start as in COCO's numbering, and a name that stands twice
+DET_LABELS = {0: "N/A", 1: "sphere", 2: "box", 3: "N/A", 4: "cylinder", 5: "box"}
 
 
 def write_preprocessor(folder: Path, size: Any = 64, **changes: Any) -> None:

@@ -17,6 +17,8 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from fourmill.labelers.depth import _relative
+from fourmill.labelers.letterbox import place
+from fourmill.labelers.semseg import _mask_scores
 from fourmill.labels import Boxes
 from fourmill.shards.sources.scenes import render
 
@@ -174,6 +176,19 @@ def test_semseg(kit: Any, kind: str, network: type[Reader], shape: tuple[int, in
     assert (ids == truth).mean() > 0.975
 
 
+def test_two_likely_masks_outvote_one_certain_mask() -> None:
+    """Scores are sums of probabilities, not of logits; "no object" (the last column) has no score."""
+    classes = torch.tensor([[[30.0, 0, 0], [0, 30.0, 0], [0, 30.0, 0], [0, 0, 30.0]]])
+    masks = torch.tensor([20.0, 1.0, 1.0, 20.0]).view(1, 4, 1, 1).expand(1, 4, 8, 8)
+    output = Mask2FormerForUniversalSegmentationOutput(
+        class_queries_logits=classes, masks_queries_logits=masks
+    )
+    scores = _mask_scores(output, 0, place((6, 8), 8))
+    assert scores.shape == (2, 6, 8)
+    assert torch.allclose(scores[0], torch.tensor(1.0), atol=1e-4)
+    assert torch.allclose(scores[1], torch.tensor(2 / (1 + np.exp(-1)), dtype=torch.float32), atol=1e-4)
+
+
 def test_semseg_of_scenes(kit: Any) -> None:
     labeler = labeler_with(kit, "semseg", "segformer", PixelReader)
     _, _, truth = scene_part(5, 30, 128)
@@ -227,12 +242,12 @@ class BoxReader(Reader):
 
 
 class SoftmaxReader(BoxReader):
-    network_ids, num_classes, no_object = (1, 2, 4), 5, True
+    network_ids, num_classes, no_object = (1, 5, 4), 6, True
 
     def scores(self) -> torch.Tensor:
         logits = super().scores()
         logits[5, 3] = 9.0
-        return logits
+        return logits + 1.0  # which a softmax does not notice
 
 
 class SigmoidReader(BoxReader):
