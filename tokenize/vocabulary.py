@@ -16,6 +16,7 @@ A caption that spells ``[EOS]`` or ``v0=5`` stays plain text: ids below `FIRST_C
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ _RESERVED = (
     *(f"[S_{i}]" for i in range(NUM_SENTINELS)),
     *(f"v{corner}={value}" for corner in range(NUM_CORNERS) for value in range(NUM_BINS)),
 )  # fmt: skip
+
+#: Spaces that the library's own clean-up leaves at punctuation.
+_SPACED = re.compile(r" (?=[:;)\]])|(?<=[(\[]) ")
 
 
 class Vocabulary:
@@ -79,7 +83,8 @@ class Vocabulary:
             piece = self._text.id_to_token(int(token)) if FIRST_CLASS <= token < self.size else None
             if piece is not None:
                 pieces.append(piece)
-        return str(self._decoder.decode(pieces)) if pieces else ""
+        text = str(self._decoder.decode(pieces)) if pieces else ""
+        return _SPACED.sub("", text)
 
     @staticmethod
     def coordinate(corner: int, value: int) -> int:

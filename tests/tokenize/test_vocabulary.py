@@ -52,6 +52,13 @@ def test_text_comes_back_in_lower_case(vocabulary: Vocabulary) -> None:
     for caption in CAPTIONS:
         ids = vocabulary.encode_text(caption)
         assert vocabulary.decode_text(ids) == caption.lower()
+    punctuated = "a red box (the small one): left; right?"
+    assert (
+        train_vocabulary([punctuated], []).decode_text(
+            train_vocabulary([punctuated], []).encode_text(punctuated)
+        )
+        == punctuated
+    )
     assert vocabulary.encode_text("A Tennis  racket".replace("  ", " "))[-1] == 4207
     assert vocabulary.encode_text("") == []
     assert UNK in vocabulary.encode_text("a box \N{SNOWMAN}")
