@@ -1,4 +1,4 @@
-"""Trains the small CLIP that ships with fourmill: `python -m fourmill.flows.specialists.clip --minutes 15 --out DIR`.
+"""Trains the small CLIP that ships with fourmill: `python -m fourmill.flows.specialists.clip --minutes 12 --out DIR`.
 
 A CLIPModel (vision transformer, patch 16 at 128 px; a two-layer text tower over whole words) learns to match scenes
 with their captions. fourmill uses its projected patch tokens, so two throw-away linear heads teach these what a

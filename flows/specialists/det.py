@@ -1,4 +1,4 @@
-"""Trains the small detector that ships with fourmill: `python -m fourmill.flows.specialists.det --minutes 25 --out DIR`.
+"""Trains the small detector that ships with fourmill: `python -m fourmill.flows.specialists.det --minutes 30 --out DIR`.
 
 An RT-DETR (Zhao et al. 2023) with a small ResNet and two feature levels. A DETR learns slowly from scratch, because
 its losses touch few places of the image. So the backbone, the encoder and the proposal heads first learn alone,
@@ -39,12 +39,12 @@ PER_LEVEL = 1  # places by level that propose an object, while the proposal head
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    minutes: float = 25.0
+    minutes: float = 30.0
     scenes: int = 20480
     batch: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
-    alone: float = 0.25  # share of the time before the decoder joins
+    alone: float = 0.2  # share of the time before the decoder joins
     dense: float = 1.0  # weight of the throw-away head
     seed: int = 0
 
