@@ -75,6 +75,12 @@ def test_a_sphere_in_front_of_a_wall() -> None:
     assert np.median(off[hit & ~frontal]) < 8
 
 
+def test_a_step_between_two_walls_tilts_no_pixel() -> None:
+    depth = np.full((20, 30), 4, np.float32)
+    depth[5:12, 9:22] = 2
+    assert angle_deg(normals_from_depth(depth, FOV), np.array([0, 0, 1])).max() < 0.1
+
+
 def test_scenes_with_their_own_field_of_view() -> None:
     errors = []
     for index in range(6):
@@ -82,7 +88,7 @@ def test_scenes_with_their_own_field_of_view() -> None:
         off = angle_deg(normals_from_depth(scene.depth, scene.fov_deg), scene.normal)
         errors.append((np.median(off), off.mean()))
     median, mean = np.mean(errors, axis=0)
-    assert median < 0.5 and mean < 4
+    assert median < 0.05 and mean < 1.5
 
 
 def test_the_labeler(kit: Any) -> None:
