@@ -61,6 +61,12 @@ class Root:
             raise SourceError(f"source {self.url}: {name!r} is not a file of this source")
         return f"{self.folder}/{name}"
 
+    def size(self, path: str) -> int:
+        """The file's size in bytes now, whatever an earlier listing said."""
+        if not self.is_local:
+            self.fs.invalidate_cache()
+        return int(self.fs.size(path))
+
     def files(self, what: str) -> list[SourceFile]:
         """The files that the URL stands for: those of a brace or star expression, one file, or all in a folder.
 
@@ -178,11 +184,14 @@ def _split_url(url: str, endings: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _braces(url: str, pattern: str) -> list[str]:
+    count = 1  # braceexpand builds a whole range before it returns the first name
+    for first, last, step in re.findall(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?", pattern):
+        count *= abs(int(last) - int(first)) // max(1, int(step or 1)) + 1
     try:
-        names = list(islice(braceexpand(pattern), MAX_FILES + 1))
+        names = list(islice(braceexpand(pattern), MAX_FILES + 1)) if count <= MAX_FILES else []
     except ValueError as error:
         raise ConfigError(f"source.url: {url}: {error}") from error
-    if len(names) > MAX_FILES:
+    if not 0 < len(names) <= MAX_FILES:
         raise ConfigError(f"source.url: {url} stands for more than {MAX_FILES} files")
     return names
 

@@ -94,7 +94,9 @@ def scan_tar(stream: BinaryIO, size: int) -> Iterator[Member | Damage]:
         if len(block) == BLOCK and block.count(0) == BLOCK:
             return
         if len(block) < BLOCK:
-            yield Damage("it is empty" if size == 0 else "it ends without the end-of-archive mark", at)
+            yield Damage(
+                "it is empty" if size == 0 else "it ends without the end-of-archive mark", min(at, size)
+            )
             return
         try:
             kind, name, length = _parse_header(block)

@@ -111,9 +111,13 @@ class Parquet(Source):
     def read(self, rows: Sequence[Row]) -> Iterator[RawSample | Exception]:
         for row in rows:
             place = json.loads(row.position)
-            record = self._record(
-                str(place["file"]), int(place["bytes"]), int(place["group"]), int(place["row"])
-            )
+            try:
+                record = self._record(
+                    str(place["file"]), int(place["bytes"]), int(place["group"]), int(place["row"])
+                )
+            except UnicodeDecodeError as error:
+                yield RejectedImage("unreadable", f"a caption that is not Unicode: {error.reason}")
+                continue
             image = record[self.image]
             data = image.get("bytes") if isinstance(image, dict) else image
             if not data:
@@ -141,7 +145,7 @@ class Parquet(Source):
 
     def _seek(self, name: str, size: int, group: int) -> _Cursor:
         path = self._root.path(name)
-        now = int(self._root.fs.size(path))
+        now = self._root.size(path)
         if now != size:
             raise SourceError(
                 f"source {self.url}: {name} had {size} bytes when it was listed and has {now} now; "

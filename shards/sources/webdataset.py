@@ -171,8 +171,8 @@ class WebDataset(Source):
         tar, start, data = self._window
         if tar == place["tar"] and start <= first and end <= start + len(data):
             return
-        if end - first > MAX_BYTES + WINDOW_BYTES:
-            return  # members far apart: each is fetched by itself
+        if not 0 < end - first <= MAX_BYTES + WINDOW_BYTES:
+            return  # empty, or members far apart: each is fetched by itself
         follows = tar == place["tar"] and 0 <= first - (start + len(data)) < GAP_BYTES
         limit = max(end, first + WINDOW_BYTES)
         if follows:  # the last call read up to here: read ahead of this one
@@ -189,7 +189,7 @@ class WebDataset(Source):
     def _fetch(self, place: Mapping[str, Any], first: int, end: int) -> None:
         """One ranged read. I/O errors are raised as they are; a tar that changed since it was listed is an error."""
         path = self._root.path(str(place["tar"]))
-        size = int(self._root.fs.size(path))
+        size = self._root.size(path)
         data = bytes(self._root.fs.cat_file(path, start=first, end=end)) if size == place["bytes"] else b""
         if len(data) != end - first:
             raise SourceError(
