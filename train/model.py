@@ -143,7 +143,9 @@ class FourMill(nn.Module):
     # -- construction ---------------------------------------------------------------------------------
 
     def _offsets(self, name: str, sizes: list[int]) -> None:
-        starts = [sum(sizes[:m]) if size else 0 for m, size in enumerate(sizes)]  # 0: has no rows, any will do
+        starts = [
+            sum(sizes[:m]) if size else 0 for m, size in enumerate(sizes)
+        ]  # 0: has no rows, any will do
         self.register_buffer(name, torch.tensor(starts), persistent=False)
 
     def _position_tables(self) -> None:

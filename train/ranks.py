@@ -52,6 +52,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bfloat16 where asked for, or on a GPU by default; weights stay float32."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 @contextmanager
 def join(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun's environment speaks of; a process group lives as long as the block."""

@@ -31,7 +31,7 @@ from fourmill.train.loss import loss_weights
 from fourmill.train.model import FourMill
 from fourmill.train.order import SampleOrder
 from fourmill.train.presets import model_config
-from fourmill.train.ranks import Ranks, join
+from fourmill.train.ranks import Ranks, autocast, join
 from fourmill.train.records import OnStep, Records, StepOutcome, means
 from fourmill.train_config import TrainConfig
 
@@ -273,12 +273,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.peak_lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bfloat16 where asked for, or on a GPU by default; weights stay float32."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager
