@@ -75,7 +75,7 @@ class Masker:
         component = self._components(draws, present)
         wanted_in, wanted_tgt = self._totals(draws, component, capacity)
         inputs = self._split(draws, "input", component, wanted_in, capacity)
-        room = np.where(self._is_sequence, capacity + 1, capacity - inputs)
+        room = self._target_room(component, capacity, inputs)
         targets = self._split(draws, "target", component, wanted_tgt, np.where(present, room, 0))
         spans = self._sequences(draws, component, inputs, targets, sequences)
         self._hand_on(draws, component, (wanted_in, wanted_tgt), (inputs, targets), capacity, spans)
@@ -118,6 +118,13 @@ class Masker:
         available = (capacity * allowed.any(0)).sum(1)
         reserve = np.minimum(totals[1], (capacity * allowed[1]).sum(1) // 2)
         return np.minimum(totals[0], available - reserve), totals[1]
+
+    def _target_room(self, component: np.ndarray, capacity: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        """How many targets each modality has room for. Where all is visible, half is hidden again (in ``inputs``)."""
+        allowed = self.alphas[1][component] > 0
+        stuck = ~(allowed & (self._is_sequence | (capacity > inputs))).any(1, where=capacity > 0)
+        inputs[stuck] = np.where(allowed[stuck], inputs[stuck] // 2, inputs[stuck])
+        return np.where(self._is_sequence, capacity + 1, capacity - inputs)
 
     def _split(
         self, draws: Draws, side: str, component: np.ndarray, total: np.ndarray, capacity: np.ndarray
