@@ -8,7 +8,7 @@ import yaml
 from fourmill.errors import ConfigError, ContractError
 from fourmill.labels import Label
 from fourmill.modality import CAPTION, RGB, RGB_PIXELS, LabelContract, Modality
-from fourmill.tokenize.base import codec_hash, load_codec
+from fourmill.tokenize.base import codec_hash, codecs, load_codec
 from fourmill.tokenize.fit import default_config, fit_codec, fit_needed
 from fourmill.tokenize.spaces import standardise_robustly
 
@@ -145,6 +145,8 @@ def test_presets() -> None:
 
 
 def test_which_families_need_a_fit() -> None:
+    assert [name for name, _ in codecs.items()] == ["boxes", "pixels", "text", "vqvae"]
+    assert all(cls.family == name for name, cls in codecs.items())
     assert [fit_needed(m) for m in (RGB, DEPTH, CAPTION, RGB_PIXELS)] == [True, True, False, False]
 
 
