@@ -109,21 +109,30 @@ class Parquet(Source):
     # -- reading --------------------------------------------------------------------------------------
 
     def read(self, rows: Sequence[Row]) -> Iterator[RawSample | Exception]:
-        for row in rows:
-            place = json.loads(row.position)
-            try:
-                record = self._record(
-                    str(place["file"]), int(place["bytes"]), int(place["group"]), int(place["row"])
-                )
-            except UnicodeDecodeError as error:
-                yield RejectedImage("unreadable", f"a caption that is not Unicode: {error.reason}")
-                continue
-            image = record[self.image]
-            data = image.get("bytes") if isinstance(image, dict) else image
-            if not data:
-                yield RejectedImage("no image", "a null or empty cell")
-            else:
-                yield RawSample(data, self._captions_of(record))
+        cursor, self._cursor = self._cursor, None  # lent to this call: threads do not share one
+        try:
+            for row in rows:
+                place = json.loads(row.position)
+                name, group, index = str(place["file"]), int(place["group"]), int(place["row"])
+                if cursor is None or cursor.place != (name, group) or cursor.at > index:
+                    if cursor is not None:
+                        cursor.close()
+                    cursor = self._seek(name, int(place["bytes"]), group)
+                yield self._sample(cursor, index)
+        finally:
+            self._cursor = cursor
+
+    def _sample(self, cursor: _Cursor, index: int) -> RawSample | Exception:
+        try:
+            with _damage_reported(f"{self.url}: {cursor.place[0]}"):
+                record = cursor.take(index)
+        except UnicodeDecodeError as error:
+            return RejectedImage("unreadable", f"a caption that is not Unicode: {error.reason}")
+        image = record[self.image]
+        data = image.get("bytes") if isinstance(image, dict) else image
+        if not data:
+            return RejectedImage("no image", "a null or empty cell")
+        return RawSample(data, self._captions_of(record))
 
     def _captions_of(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         texts: list[str] = []
@@ -133,15 +142,6 @@ class Parquet(Source):
             if texts and not self.captions:
                 break
         return tuple(texts)
-
-    def _record(self, name: str, size: int, group: int, row: int) -> dict[str, Any]:
-        cursor = self._cursor
-        if cursor is None or cursor.place != (name, group) or cursor.at > row:
-            if cursor is not None:
-                cursor.close()
-            cursor = self._cursor = self._seek(name, size, group)
-        with _damage_reported(f"{self.url}: {name}"):
-            return cursor.take(row)
 
     def _seek(self, name: str, size: int, group: int) -> _Cursor:
         path = self._root.path(name)

@@ -160,8 +160,7 @@ class WebDataset(Source):
             return b""
         tar, start, data = self._window
         if tar != place["tar"] or offset < start or offset + size > start + len(data):
-            self._fetch(place, offset, offset + size)
-            _, start, data = self._window
+            _, start, data = self._fetch(place, offset, offset + size)
         return data[offset - start : offset - start + size]
 
     def _reach(self, places: Sequence[Mapping[str, Any]], index: int) -> None:
@@ -173,7 +172,7 @@ class WebDataset(Source):
             return
         if not 0 < end - first <= MAX_BYTES + WINDOW_BYTES:
             return  # empty, or members far apart: each is fetched by itself
-        follows = tar == place["tar"] and 0 <= first - (start + len(data)) < GAP_BYTES
+        follows = tar == place["tar"] and start <= first < start + len(data) + GAP_BYTES
         limit = max(end, first + WINDOW_BYTES)
         if follows:  # the last call read up to here: read ahead of this one
             end = min(limit, int(place["bytes"]))
@@ -186,8 +185,8 @@ class WebDataset(Source):
             end = max(end, later_end)
         self._fetch(place, first, end)
 
-    def _fetch(self, place: Mapping[str, Any], first: int, end: int) -> None:
-        """One ranged read. I/O errors are raised as they are; a tar that changed since it was listed is an error."""
+    def _fetch(self, place: Mapping[str, Any], first: int, end: int) -> tuple[str, int, bytes]:
+        """The new window, by one ranged read. I/O errors are raised as they are; a tar that changed since it was listed is an error."""
         path = self._root.path(str(place["tar"]))
         size = self._root.size(path)
         data = bytes(self._root.fs.cat_file(path, start=first, end=end)) if size == place["bytes"] else b""
@@ -196,7 +195,8 @@ class WebDataset(Source):
                 f"source {self.url}: {place['tar']} had {place['bytes']} bytes when it was listed and has {size} now; "
                 "restore it, or give the new one another name"
             )
-        self._window = (str(place["tar"]), first, data)
+        window = self._window = (str(place["tar"]), first, data)
+        return window
 
 
 def _add(groups: list[tuple[str, dict[str, Span]]], member: Member) -> None:

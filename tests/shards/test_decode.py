@@ -1,3 +1,4 @@
+import hashlib
 import io
 import pickle
 import random
@@ -17,10 +18,12 @@ from photographs import (
 )
 from PIL import Image, ImageCms
 
-from fourmill.shards.decode import Frame, RejectedImage, decode_frame
+from fourmill.modality import Resample
+from fourmill.shards.decode import DECODE_VERSION, Frame, RejectedImage, decode_frame
 
 GOOD = [photo for photo in photographs() if photo.reason is None]
 BROKEN = [photo for photo in photographs() if photo.reason is not None]
+RESAMPLES: tuple[Resample, ...] = ("bilinear", "bicubic")
 COFFEE = original("coffee.png", (96, 64))  # landscape, so that width and height can't be mixed up
 
 
@@ -270,3 +273,22 @@ def test_a_rejection_survives_the_way_between_processes() -> None:
     assert (copy.reason, copy.detail) == (error.value.reason, error.value.detail) and isinstance(
         copy, ValueError
     )
+
+
+def test_version_one_of_the_decode_frame_stays_as_it_is() -> None:
+    """If this fails after a change to decode.py, that change needs a new DECODE_VERSION."""
+    ramp = np.indices((90, 130)).transpose(1, 2, 0)
+    colours = np.stack([ramp[..., 0] * 2, ramp[..., 1], ramp.prod(-1) % 251, 255 - ramp.sum(-1)], -1).astype(
+        np.uint8
+    )
+    files = [
+        encoded(Image.fromarray(colours), "PNG"),
+        encoded(Image.fromarray(colours[..., :3]), "TIFF", tiffinfo={ORIENTATION: 6}),
+        encoded(Image.fromarray(colours[..., 0].astype(np.uint16) * 300), "PNG"),
+    ]
+    digest = hashlib.sha256()
+    for data in files:
+        for resample in RESAMPLES:
+            digest.update(decode_frame(data, 48, resample).pixels.tobytes())
+    assert DECODE_VERSION == 1
+    assert digest.hexdigest() == "3848a08327964d37e8ff09c0fa13052e55266b5c8b97c08c97993f7e3d4c8c83"
