@@ -244,8 +244,13 @@ class Features(Space):
 
     def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
         a, b = np.stack(labels).astype(np.float64), np.stack(decoded).astype(np.float64)
-        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        return {"cosine": float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).mean())}
+        mean = a.mean((0, 1, 2))  # features of one network share much of their direction: take that away too
+        return {"cosine": _cosine(a, b), "centred_cosine": _cosine(a - mean, b - mean)}
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).mean())
 
 
 def standardise_robustly(depth: np.ndarray) -> np.ndarray:
