@@ -1,4 +1,4 @@
-"""Trains the small detector that ships with fourmill: `python -m fourmill.flows.specialists.det --minutes 30 --out DIR`.
+"""Trains the small detector that ships with fourmill: `python -m fourmill.flows.specialists.det --minutes 32 --out DIR`.
 
 An RT-DETR (Zhao et al. 2023) with a small ResNet and two feature levels. A DETR learns slowly from scratch, because
 its losses touch few places of the image. So the backbone, the encoder and the proposal heads first learn alone,
@@ -39,7 +39,7 @@ PER_LEVEL = 1  # places by level that propose an object, while the proposal head
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    minutes: float = 30.0
+    minutes: float = 32.0
     scenes: int = 20480
     batch: int = 16
     lr: float = 1e-3
