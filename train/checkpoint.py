@@ -162,7 +162,7 @@ def load_model(path: Path | str, device: str = "cpu") -> FourMill:
         config = ModelConfig.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
     except OSError as error:
         raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
-    model = FourMill(config)
+    model = FourMill(config, seed=None)
     _load_weights(folder, model)
     return model.to(device).eval()
 

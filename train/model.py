@@ -61,6 +61,13 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
+    def look_in_place(self) -> None:
+        """Make queries and keys copies of their inputs: places with equal positions then match at once."""
+        assert self.query is not None
+        identity = torch.eye(self.query.in_features)
+        self.query.weight.copy_(identity)
+        self.projections.weight[: len(identity)].copy_(identity)
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, head_dim)
 
@@ -109,7 +116,7 @@ class DecoderBlock(nn.Module):
 
 
 class FourMill(nn.Module):
-    """Predicts any modality from any others. Weights are a function of (config, seed)."""
+    """Predicts any modality from any others. Weights are a function of (config, seed); None: they will be loaded."""
 
     input_offset: Tensor  # int64 (M,): where a modality's rows begin in a table
     target_offset: Tensor
@@ -117,7 +124,7 @@ class FourMill(nn.Module):
     fixed_positions: Tensor  # float32 (rows, D)
     is_causal: Tensor  # bool (M,)
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False  # recompute blocks in the backward pass
@@ -138,7 +145,8 @@ class FourMill(nn.Module):
         self.context_projection = nn.Linear(dim, dim)
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))
         self.decoder_norm = Norm(dim)
-        self._initialise(seed)
+        if seed is not None:
+            self._initialise(seed)
 
     # -- construction ---------------------------------------------------------------------------------
 
@@ -189,20 +197,28 @@ class FourMill(nn.Module):
                 _xavier(module.weight, module.in_features, module.out_features // parts, generator)
                 if module.bias is not None:
                     module.bias.zero_()
-        embeddings = (self.encoder_tokens.weight, self.modality_embedding, self.mask_token)
-        for parameter in (*embeddings, self.encoder_positions, self.decoder_positions):
+        self.encoder_tokens.weight.normal_(0.0, self.config.token_std, generator=generator)
+        self.modality_embedding.normal_(0.0, self.config.modality_std, generator=generator)
+        for parameter in (self.mask_token, self.encoder_positions, self.decoder_positions):
             if parameter is not None:
                 parameter.normal_(0.0, _INIT_STD, generator=generator)
+        if self.config.look_in_place:
+            for block in self.decoder:
+                assert isinstance(block, DecoderBlock)
+                block.cross_attention.look_in_place()
         for m, spec in enumerate(self.config.modalities):
             if spec.is_target:
-                _xavier(self.head(m), self.config.dim, spec.vocab_size, generator)
+                _xavier(self.heads()[m], self.config.dim, spec.vocab_size, generator)
 
     # -- parts ----------------------------------------------------------------------------------------
 
-    def head(self, modality: int) -> Tensor:
-        """(V, D): the rows of the decoder's token table that belong to a modality; logits are x @ head.T."""
-        start = sum(s.vocab_size for s in self.config.modalities[:modality] if s.is_target)
-        return self.decoder_tokens.weight[start : start + self.config.modalities[modality].vocab_size]
+    def heads(self) -> tuple[Tensor, ...]:
+        """For each modality (V, D), its rows of the decoder's token table: logits are x @ head.T.
+
+        One split, because the gradient of each slice by itself would be as large as the whole table.
+        """
+        sizes = [spec.vocab_size if spec.is_target else 0 for spec in self.config.modalities]
+        return self.decoder_tokens.weight.split([*sizes, len(self.decoder_tokens.weight) - sum(sizes)])
 
     def _embedding(self, modality: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
         """Position plus modality (B, L, D), zero in empty slots."""
@@ -259,9 +275,10 @@ class FourMill(nn.Module):
         """For each modality with labels: its index, logits (n, V) and labels int64 (n,), in the batch's label order."""
         chosen = states.flatten(0, 1).index_select(0, batch.label_order).split(batch.counts)
         labels = batch.labels.flatten().index_select(0, batch.label_order).long().split(batch.counts)
+        heads = self.heads()
         for m, count in enumerate(batch.counts):
             if count:
-                yield m, F.linear(chosen[m], self.head(m)), labels[m]
+                yield m, F.linear(chosen[m], heads[m]), labels[m]
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 (M,): the sum of the cross-entropies of each modality's labels, in nats."""

@@ -15,6 +15,7 @@ from PIL import Image
 from fourmill.modality import CAPTION, RGB, RGB_PIXELS, LabelContract, Modality
 from fourmill.shards.arrow import Column
 from fourmill.shards.snapshot import ShardRef
+from fourmill.train import presets
 
 FIRST_WORD = 204  # ids below are special tokens and sentinels
 SIZE = 64  # of a crop in pixels: 4 x 4 tokens
@@ -114,4 +115,17 @@ def make_snapshot(
 @pytest.fixture
 def snapshot_of() -> Callable[..., Any]:
     """`make_snapshot`: a toy snapshot in memory."""
+    return make_snapshot
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a preset that takes milliseconds a step."""
+    monkeypatch.setitem(presets.PRESETS, "tiny", presets.Size(64, 1, 1))
+    return "tiny"
+
+
+@pytest.fixture(scope="session")
+def toy() -> Callable[..., Any]:
+    """`make_snapshot`, for fixtures that live longer than a test."""
     return make_snapshot
