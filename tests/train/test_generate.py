@@ -34,9 +34,11 @@ def trained(
         size = presets.Size(64, 1, 1, token_std=1.0, modality_std=0.5, look_in_place=True)
         patch.setitem(presets.PRESETS, "toy", size)
         rgb_to_all = MixtureComponent(weight=2, input_alphas={"rgb": 1000.0}, default_input_alpha=0.0)
+        # What generation in many steps shows: all of rgb, and the part of depth that is there already.
+        and_depth = MixtureComponent(input_alphas={"rgb": 40.0, "depth": 20.0}, default_input_alpha=0.0)
         config = TrainConfig(
-            preset="toy", steps=320, batch_size=32, lr=3e-3, warmup_steps=20, num_input_tokens=16,
-            num_target_tokens=32, mixture=(rgb_to_all, MixtureComponent()), checkpoint_every=500, log_every=20,
+            preset="toy", steps=420, batch_size=32, lr=3e-3, warmup_steps=20, num_input_tokens=24,
+            num_target_tokens=32, mixture=(rgb_to_all, and_depth, MixtureComponent()), checkpoint_every=500, log_every=20,
             device="cpu", clip_grad=1.0,
         )  # fmt: skip
         out = tmp_path_factory.mktemp("toy")
@@ -80,8 +82,7 @@ def test_schemes_predict_depth(
 ) -> None:
     out = generate(trained[0], {"rgb": world["rgb"]}, "depth", scheme, steps=steps)
     assert out.shape == (ROWS, 16) and out.dtype == np.int64
-    # More steps show this small model more inputs at once than it was trained with; chance is 0.06.
-    assert _agreement(out, world["depth"]) > {1: 0.85, 4: 0.6}.get(steps, 0.4)
+    assert _agreement(out, world["depth"]) > 0.7  # chance is 0.06
 
 
 @pytest.mark.parametrize(
