@@ -28,9 +28,10 @@ TARGET_KINDS = ("grid", "vector", "sequence")
 class Size:
     """``dim`` model width; blocks in the encoder and in the decoder; width of a head; and how training begins.
 
-    The defaults are 4M's. Token and modality embeddings of spread 0.02 are drowned by positions of spread 0.7, which costs
-    thousands of steps; with ``token_std`` 1, ``modality_std`` 0.5 and cross-attention that begins by looking at a slot's own
-    place (``look_in_place``) the toy task of the tests takes 240 steps to a loss that 4M's beginning is far from.
+    The defaults are 4M's, for long runs: token and modality embeddings of spread 0.02 are drowned by positions of spread
+    0.7 at first. With ``token_std`` 1 and cross-attention that begins by looking at a slot's own place (``look_in_place``)
+    the toy task of the tests (a token is a function of another one at its place) reached a loss of 0.6 in 240 steps,
+    with 4M's beginning 2.7, where the marginal is 2.77.
     """
 
     dim: int

@@ -66,7 +66,7 @@ def default_mixture() -> tuple[MixtureComponent, ...]:
 
 
 class TrainConfig(_Section):
-    """How to train. The defaults are those of the demo; ``4m-b`` and friends want more of everything."""
+    """How to train. The defaults are a small run; ``4m-b`` and friends want more of everything."""
 
     preset: str = "demo"  # see fourmill.train.presets
     steps: int = Field(default=600, ge=1)
