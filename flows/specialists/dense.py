@@ -1,8 +1,8 @@
 """Trains the dense specialists that ship with fourmill on scenes.
 
-`python -m fourmill.flows.specialists.dense normal semseg --minutes 25 --out labelers/specialists` trains the named
-networks together, one step each on the same batch; SegFormers that train together share their encoder, which is saved
-with each. It writes checkpoints and cards into OUT/<task>, a first one early. The first half runs on images of half
+`python -m fourmill.flows.specialists.dense depth normal --minutes 25 --out labelers/specialists` trains the named
+networks together, one step each on the same batch. Those of one kind (depth and normals are DPTs) share all but their
+heads meanwhile: what the one learns helps the other, at little cost. Each is saved whole. It writes checkpoints and cards into OUT/<task>, a first one early. The first half runs on images of half
 the size, at a quarter of the cost. Minutes are of processor time on one thread: a busy machine takes longer and learns
 as much. The length is a time, so two runs do not give the same bits.
 """
@@ -56,7 +56,7 @@ def train(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     pool = open_dense_pool(TRAIN_SEED, settings.scenes, SIZE)
     networks = {task: _start(task, settings.init) for task in settings.tasks}
-    _share_encoders(networks)
+    _share_trunks(networks)
     together = nn.ModuleList(networks.values())  # counts shared parameters once
     optimizer = adamw([together], settings.lr, settings.weight_decay)
     averages = {task: copy.deepcopy(network).eval() for task, network in networks.items()}
@@ -85,11 +85,11 @@ def _start(task: str, init: Path | None) -> Any:
     return (load(task, init / task) if init else make_network(task)).train()
 
 
-def _share_encoders(networks: dict[str, Any]) -> None:
-    """SegFormers that train together use the first one's encoder."""
-    with_encoder = [network for network in networks.values() if hasattr(network, "segformer")]
-    for network in with_encoder[1:]:
-        network.segformer = with_encoder[0].segformer
+def _share_trunks(networks: dict[str, Any]) -> None:
+    """DPTs that train together use the first one's encoder and neck."""
+    first, *others = [network for network in networks.values() if hasattr(network, "dpt")] or [None]
+    for network in others:
+        network.dpt, network.neck = first.dpt, first.neck
 
 
 def _batches(pool: DensePool, settings: Settings) -> Iterator[dict[str, torch.Tensor]]:
@@ -119,20 +119,34 @@ def _step(
     networks: dict[str, Any], optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], side: int
 ) -> dict[str, float]:
     pixels = batch["pixels"] if side == SIZE else F.avg_pool2d(batch["pixels"], SIZE // side)
-    losses, encoded = {}, None
-    for task, network in networks.items():
-        if hasattr(network, "segformer"):
-            encoded = encoded or network.segformer(pixels, output_hidden_states=True).hidden_states
-            raw = F.interpolate(network.decode_head(encoded), size=(SIZE, SIZE), mode="bilinear")
-        else:
-            network.dpt.embeddings.image_size = (side, side)
-            raw = full_size(task, network(pixels), SIZE)
-        losses[task] = LOSSES[task](raw, batch[task])
+    losses = {task: LOSSES[task](raw, batch[task]) for task, raw in _outputs(networks, pixels).items()}
     optimizer.zero_grad(set_to_none=True)
     torch.stack(list(losses.values())).sum().backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 2.0)
     optimizer.step()
     return {task: float(loss.detach()) for task, loss in losses.items()}
+
+
+def _outputs(networks: dict[str, Any], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By task the raw output at full size; a neck that networks share runs once."""
+    outputs: dict[str, torch.Tensor] = {}
+    features: list[torch.Tensor] = []  # of the neck that ran last
+    neck = None
+    for task, network in networks.items():
+        if features and getattr(network, "neck", None) is neck:
+            raw = network.head(features[-1])
+            raw = raw if raw.ndim == 4 else raw[:, None]
+            outputs[task] = F.interpolate(raw, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+            continue
+        if hasattr(network, "dpt"):
+            neck = network.neck
+            network.dpt.embeddings.image_size = tuple(pixels.shape[2:])
+            hook = neck.register_forward_hook(lambda module, args, output: features.append(output))
+            outputs[task] = full_size(task, network(pixels), SIZE)
+            hook.remove()
+        else:
+            outputs[task] = full_size(task, network(pixels), SIZE)
+    return outputs
 
 
 def depth_loss(raw: torch.Tensor, true: torch.Tensor) -> torch.Tensor:

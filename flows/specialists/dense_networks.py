@@ -15,15 +15,20 @@ MEAN_DEPTH_M = 4.0  # what an untrained depth network says
 
 
 def make_network(task: str) -> Any:
-    """A network with fresh weights: DPT-hybrid for depth, SegFormers with fine stages for normals and classes."""
+    """A network with fresh weights: DPT-hybrids for depth and normals, a SegFormer with fine stages for classes."""
+    from transformers import DPTForDepthEstimation, DPTForSemanticSegmentation
+
     if task == "depth":
-        network = _dpt_hybrid()
-        _scale_weights(network)
-        nn.init.constant_(network.head.head[-2].bias, MEAN_DEPTH_M)
-        return network
-    names = ["x", "y", "z"] if task == "normal" else list(SCENE_CLASSES)
-    network = _segformer(names)
+        network = DPTForDepthEstimation(_dpt_config())
+        # metres; labelers read it. It is written after construction, which would drop it
+        network.config.depth_estimation_type = "metric"
+    elif task == "normal":
+        network = DPTForSemanticSegmentation(_dpt_config(**_names(["x", "y", "z"])))
+    else:
+        network = _segformer(list(SCENE_CLASSES))
     _scale_weights(network)
+    if task == "depth":
+        nn.init.constant_(network.head.head[-2].bias, MEAN_DEPTH_M)
     return network
 
 
@@ -31,7 +36,7 @@ def make_processor(task: str) -> Any:
     """The image processor that goes with `make_network`: squares of 128 px, (x / 255 - 0.5) / 0.5."""
     from transformers import DPTImageProcessor, SegformerImageProcessor
 
-    kind = DPTImageProcessor if task == "depth" else SegformerImageProcessor
+    kind = SegformerImageProcessor if task == "semseg" else DPTImageProcessor
     return kind(
         size={"height": SIZE, "width": SIZE},
         resample=3,
@@ -43,14 +48,20 @@ def make_processor(task: str) -> Any:
     )
 
 
+def _names(names: list[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: k for k, name in enumerate(names)},
+    }
+
+
 def _segformer(names: list[str]) -> Any:
     """Stages at 1/2, 1/4, 1/8 and 1/16 (the original: 1/4 to 1/32), since outlines at 128 px need them."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     config = SegformerConfig(
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: k for k, name in enumerate(names)},
+        **_names(names),
         patch_sizes=[5, 3, 3, 3],
         strides=[2, 2, 2, 2],
         hidden_sizes=[16, 48, 96, 144],
@@ -66,22 +77,22 @@ def _segformer(names: list[str]) -> Any:
     return SegformerForSemanticSegmentation(config)
 
 
-def _dpt_hybrid() -> Any:
+def _dpt_config(**more: Any) -> Any:
     """Three convolutional stages at 1/4, 1/8 and 1/16, a transformer on the last, and the DPT decoder."""
-    from transformers import BitConfig, DPTConfig, DPTForDepthEstimation
+    from transformers import BitConfig, DPTConfig
 
-    widths, hidden, layers = [32, 64, 128], 128, 4
+    widths, hidden, layers = [64, 128, 256], 144, 4
     backbone = BitConfig(
         embedding_size=32,
         hidden_sizes=widths,
-        depths=[2, 2, 2],
+        depths=[2, 3, 3],
         layer_type="bottleneck",
-        num_groups=8,
+        num_groups=4,
         global_padding="same",
         embedding_dynamic_padding=True,
         out_features=["stage1", "stage2", "stage3"],
     )
-    config = DPTConfig(
+    return DPTConfig(
         is_hybrid=True,
         backbone_config=backbone,
         backbone_featmap_shape=[1, widths[-1], SIZE // 16, SIZE // 16],
@@ -96,13 +107,13 @@ def _dpt_hybrid() -> Any:
         neck_ignore_stages=[0, 1],
         reassemble_factors=[1, 1, 1, 0.5],
         readout_type="project",
-        fusion_hidden_size=32,
+        fusion_hidden_size=40,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        semantic_classifier_dropout=0.0,
         use_auxiliary_head=False,
+        **more,
     )
-    config.depth_estimation_type = "metric"  # metres; says so to whoever loads it
-    return DPTForDepthEstimation(config)
 
 
 def _scale_weights(network: nn.Module) -> None:

@@ -93,11 +93,11 @@ def test_pool_is_the_scenes(tmp_path: Path) -> None:
         np.testing.assert_allclose(one.normal[2] / 127.0, scene.normal, atol=0.5 / 127 + 1e-6)
 
 
-def test_a_few_steps_lower_the_loss_and_share_the_encoder(tmp_path: Path) -> None:
+def test_a_few_steps_lower_the_loss_and_share_the_trunk(tmp_path: Path) -> None:
     torch.manual_seed(0)
     networks = {task: make_network(task) for task in TASKS}
-    dense._share_encoders(networks)
-    assert networks["normal"].segformer is networks["semseg"].segformer
+    dense._share_trunks(networks)
+    assert networks["normal"].neck is networks["depth"].neck
     optimizer = torch.optim.AdamW(torch.nn.ModuleList(networks.values()).parameters(), lr=2e-4)
     pool = open_dense_pool(1, 4, SIZE, tmp_path)
     settings = dense.Settings(tasks=TASKS, out=tmp_path, batch=4)
