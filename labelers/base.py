@@ -23,6 +23,10 @@ labelers: Registry[Labeler] = Registry("labeler", "fourmill.labelers", group="fo
 register = labelers.register
 
 
+#: keys that every modality of a configuration may have, beside its labeler's own options
+COMMON_KEYS = ("labeler", "model", "revision", "batch_size", "precision", "keep_labels", "tokenizer")
+
+
 @dataclass(frozen=True, slots=True)
 class LabelerSettings:
     """What the configuration says about one labeler, and where it runs."""
@@ -81,7 +85,9 @@ class Labeler(ABC):
         self.where = f"modalities.{settings.modality}"
         for name in settings.options:
             if name not in self.options:
-                raise ConfigError(f"{self.where}.{name}: unknown option{nearest(name, self.options)}")
+                raise ConfigError(
+                    f"{self.where}.{name}: unknown key{nearest(name, [*self.options, *COMMON_KEYS])}"
+                )
         self.params: dict[str, Any] = {**self.options, **settings.options}
 
     @property
@@ -99,7 +105,7 @@ class Labeler(ABC):
 
     def load(self) -> None:
         """Load the network. Heavy imports belong here. Called once, before `label`."""
-        return None
+        return
 
     @abstractmethod
     def label(self, batch: LabelBatch) -> list[Label]:

@@ -20,6 +20,7 @@ class LabelContract:
 
     form: Literal["map", "features", "boxes", "text", "vector", "scalar", "image"]
     dtype: str  # of the label in memory, e.g. "float32"
+    stored: str = ""  # dtype that labels are rounded to as soon as they are made, and kept in ("": dtype)
     channels: int | None = None  # None: no channel axis; 0: known when the network is loaded
     units: str = ""  # "metres", "unit vector", "class id", ...
     low: float | None = None  # smallest legal value, inclusive

@@ -1,0 +1,37 @@
+# fourmill: every target sets up what it needs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export DO_NOT_TRACK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test test-long check bench clean setup
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(STAMP) ## make the virtual environment
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(STAMP) ## run the tests (under 10 minutes on 2 cores)
+	$(BIN)/pytest -q -m "not long" --durations=10
+
+test-long: $(STAMP) ## run every test
+	$(BIN)/pytest -q
+
+check: $(STAMP) ## lint and type-check
+	test ! -e tokenize/__init__.py
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## run the benchmarks
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## remove the environment and what runs made
+	rm -rf $(VENV) data runs build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

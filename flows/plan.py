@@ -1,0 +1,181 @@
+"""What is left to do: a function of the configuration, the source's listing and the receipts.
+
+Which source rows make a shard is decided once, when its samples file is committed. Until then a shard
+is the next `shard_size` rows that no committed shard holds, so an interrupted run plans the same again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fourmill.errors import ConfigError, SourceError
+from fourmill.flows.resolve import Resolved
+from fourmill.seeds import generator
+from fourmill.shards.dataset import SAMPLES, Dataset
+from fourmill.shards.receipts import Recipe
+from fourmill.shards.sources.base import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One shard's work: decode it once, make these columns. Pickles; holds no more than it must.
+
+    ``rows`` and ``duplicates`` are given while the shard's samples are not committed yet.
+    ``labels`` are modalities whose labels are to be kept, ``tokens`` those to be tokenized.
+    """
+
+    shard: int
+    rows: tuple[Row, ...] | None
+    duplicates: frozenset[int]  # positions in `rows` whose key was seen before
+    labels: tuple[str, ...]
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnState:
+    """Where one modality stands, by shard number."""
+
+    finished: frozenset[int]
+    stale: frozenset[int]  # committed under another recipe only
+    parked: frozenset[int]
+    stale_recipes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``shards``: rows per shard number, for all shards of the source (or of the pilot)."""
+
+    shards: dict[int, int]
+    committed: frozenset[int]  # shards with a samples receipt
+    states: dict[str, ColumnState]
+    jobs: list[Job]
+    vanished: int = 0  # committed rows that the source no longer lists
+    rows_listed: bool = True
+    problems: list[str] = field(default_factory=list)
+
+
+def column_state(dataset: Dataset | None, name: str, recipe: Recipe | None, shards: Sequence[int]) -> ColumnState:
+    """Compare one column's receipts with the wanted recipe: a listing per recipe folder."""
+    if dataset is None:
+        return ColumnState(frozenset(), frozenset(), frozenset())
+    kind = recipe.kind if recipe else "token"
+    short = recipe.short if recipe else None
+    finished = dataset.finished(name, short) if short else set()
+    stale: set[int] = set()
+    others = []
+    for other in dataset.recipes(name):
+        if other != short and dataset.recipe(name, other)["kind"] == kind:
+            others.append(other)
+            stale |= dataset.finished(name, other) - finished
+    parked = set(dataset.parked(name, short)) if short else set()
+    only = set(shards)
+    return ColumnState(
+        frozenset(finished & only), frozenset(stale & only), frozenset(parked & only), tuple(others)
+    )
+
+
+def make_plan(
+    resolved: Resolved,
+    dataset: Dataset | None,
+    *,
+    limit: int | None = None,
+    shard_range: tuple[int, int] | None = None,
+    redo_stale: bool = False,
+    only_labels: Sequence[str] = (),
+    only_tokens: Sequence[str] | None = None,
+    only_shards: frozenset[int] | None = None,
+) -> Plan:
+    """The jobs that are left. Touches nothing.
+
+    ``limit`` rounds up to whole shards, so that the full build reuses a pilot. ``only_labels`` asks for kept labels
+    of these modalities; ``only_tokens`` restricts the tokenized modalities (None: all that have a tokenizer).
+    """
+    new, committed, vanished, listed = _allot(resolved, dataset)
+    rows_of = {**committed, **{shard: len(rows) for shard, (rows, _) in new.items()}}
+    chosen = _choose(rows_of, resolved.config.shard_size, limit, shard_range)
+    if only_shards is not None:
+        chosen &= only_shards
+    recipes = resolved.token_recipes()
+    tokens = [n for n in resolved.wanted if n in recipes and (only_tokens is None or n in only_tokens)]
+    states = {name: column_state(dataset, name, recipes.get(name), sorted(chosen)) for name in resolved.wanted}
+    keep = {n: w.label_recipe for n, w in resolved.wanted.items() if n in only_labels or w.keep_labels}
+    kept = {n: dataset.finished(n, r.short) if dataset else set() for n, r in keep.items()}
+    jobs = []
+    for shard in sorted(chosen):
+        todo = tuple(
+            n for n in tokens
+            if shard not in states[n].finished and (redo_stale or shard not in states[n].stale)
+        )
+        labels = tuple(n for n in resolved.wanted if n in keep and shard not in kept[n])
+        if todo or labels or shard not in committed:
+            rows, duplicates = new.get(shard, (None, frozenset()))
+            jobs.append(Job(shard, rows, duplicates, labels, todo))
+    shards = {shard: rows_of[shard] for shard in sorted(chosen)}
+    return Plan(shards, frozenset(set(committed) & chosen), states, jobs, vanished, listed)
+
+
+def _choose(
+    rows_of: dict[int, int], shard_size: int, limit: int | None, shard_range: tuple[int, int] | None
+) -> frozenset[int]:
+    if limit is not None:
+        return frozenset(shard for shard in rows_of if shard < -(-limit // shard_size))
+    if shard_range is not None:
+        chosen = frozenset(shard for shard in rows_of if shard_range[0] <= shard < shard_range[1])
+        if not chosen:
+            raise ConfigError(f"--shards {shard_range[0]}:{shard_range[1]}: the source makes shards 0 to {len(rows_of) - 1}")
+        return chosen
+    return frozenset(rows_of)
+
+
+Allotment = dict[int, tuple[tuple[Row, ...], frozenset[int]]]
+
+
+def _allot(resolved: Resolved, dataset: Dataset | None) -> tuple[Allotment, dict[int, int], int, bool]:
+    """Rows of shards that are not committed yet; rows per committed shard; vanished rows; whether rows were listed."""
+    receipts = {}
+    if dataset is not None and (short := dataset.samples_recipe()) is not None:
+        if short != resolved.samples_recipe.short:
+            raise ConfigError(f"{dataset.url}: its samples were made by another version of fourmill; use another `dataset:`")
+        receipts = dataset.receipts(SAMPLES, short)
+    committed = {shard: receipt.rows for shard, receipt in receipts.items()}
+    if receipts:
+        digest = resolved.source.digest()
+        seen = {(r.source["digest"], r.source["rows_total"]) for r in receipts.values()}
+        if seen == {(digest, sum(committed.values()))}:
+            return {}, committed, 0, False  # nothing new: no row is listed, no samples file read
+    frozen: Counter[str] = Counter()
+    for receipt in receipts.values():
+        assert dataset is not None
+        frozen.update(dataset.table(receipt.file).column("key").to_pylist())
+    seen_keys = set(frozen)
+    fresh: list[tuple[Row, bool]] = []
+    for row in resolved.source.rows():
+        if frozen[row.key] > 0:
+            frozen[row.key] -= 1
+            continue
+        fresh.append((row, row.key in seen_keys))
+        seen_keys.add(row.key)
+    if not fresh and not receipts:
+        raise SourceError(f"source {resolved.source.identity()} lists no image")
+    size = resolved.config.shard_size
+    new: Allotment = {}
+    number = 0
+    for start in range(0, len(fresh), size):
+        while number in committed:
+            number += 1
+        part = fresh[start : start + size]
+        new[number] = (tuple(row for row, _ in part), frozenset(i for i, (_, twice) in enumerate(part) if twice))
+        number += 1
+    return new, committed, sum(frozen.values()), True
+
+
+def fit_shards(resolved: Resolved, shards: dict[int, int]) -> frozenset[int]:
+    """The seeded fit set: whole shards, drawn until they hold ``fit.samples`` rows."""
+    chosen: list[int] = []
+    for shard in generator(resolved.config.seed, "fit set").permutation(sorted(shards)):
+        if sum(shards[s] for s in chosen) >= resolved.config.fit.samples:
+            break
+        chosen.append(int(shard))
+    return frozenset(chosen)

@@ -1,0 +1,242 @@
+"""From a configuration to what is wanted: labelers, codecs and recipes, without loading a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fourmill import crops
+from fourmill.checkpoints import resolve as resolve_checkpoint
+from fourmill.config import Config, ModalityConfig
+from fourmill.errors import ConfigError, nearest
+from fourmill.labelers.base import COMMON_KEYS, Labeler, LabelerSettings, labelers
+from fourmill.modality import SOURCE_MODALITIES, Modality
+from fourmill.shards.dataset import Dataset
+from fourmill.shards.decode import DECODE_VERSION
+from fourmill.shards.receipts import SHORT, Recipe
+from fourmill.shards.sources.base import Source, make_source
+from fourmill.tokenize.base import codec_hash, codecs, load_codec
+
+#: the file in a fitted tokenizer's folder that says what it was fitted on, and how
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One modality of a configuration, resolved. Pickles, so that actors get it whole."""
+
+    name: str
+    modality: Modality  # as the labeler describes it; the codec adds vocabulary and token count
+    labeler: str | None  # None: it comes from the source
+    settings: LabelerSettings | None
+    label_recipe: Recipe
+    crop_rule: dict[str, int]
+    keep_labels: bool
+    batch_size: int | None
+    upstream: tuple[str, ...]  # modalities whose labels it needs
+    sees_crops: bool
+    needs_truth: bool
+    tokenizer_folder: str | None = None  # on this machine; None: to be fitted
+    tokenizer: str | None = None  # full hash
+
+    def make_labeler(self) -> Labeler:
+        assert self.labeler is not None and self.settings is not None
+        return labelers.get(self.labeler)(self.settings)
+
+    def token_recipe(self) -> Recipe | None:
+        """None while its tokenizer is yet to be fitted."""
+        if self.tokenizer is None:
+            return None
+        content = {"label": self.label_recipe.content, "tokenizer": self.tokenizer, "crops": self.crop_rule}
+        return Recipe("token", content)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked configuration with its source and its wanted modalities, upstream first."""
+
+    config: Config
+    source: Source
+    wanted: dict[str, Wanted]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What dataset.yaml says: it can never change."""
+        c = self.config
+        return {
+            "seed": c.seed, "shard_size": c.shard_size, "n_crops": c.n_crops, "val_fraction": c.val_fraction,
+            "decode": c.decode.model_dump(), "source": self.source.identity(),
+        }
+
+    @property
+    def samples_recipe(self) -> Recipe:
+        return Recipe("samples", {**self.identity, "crop_rule": crops.CROP_RULE_VERSION, "decode_version": DECODE_VERSION})
+
+    def token_recipes(self) -> dict[str, Recipe]:
+        return {n: r for n, w in self.wanted.items() if (r := w.token_recipe()) is not None}
+
+    def unfitted(self) -> list[str]:
+        return [name for name, wanted in self.wanted.items() if wanted.tokenizer is None]
+
+    def closure(self, names: list[str]) -> list[str]:
+        """The names with every modality whose label they need, in dependency order."""
+        needed = set(names)
+        for name in reversed(self.wanted):
+            if name in needed:
+                needed.update(self.wanted[name].upstream)
+        return [name for name in self.wanted if name in needed]
+
+    def groups(self) -> list[list[str]]:
+        """Modalities by the actor that hosts them: as the configuration says, the rest together."""
+        given = [list(group) for group in self.config.engine.groups]
+        named = [name for group in given for name in group]
+        for name in named:
+            if name not in self.wanted:
+                raise ConfigError(f"engine.groups: no modality {name!r} here{nearest(name, self.wanted)}")
+            if named.count(name) > 1:
+                raise ConfigError(f"engine.groups: {name!r} is in more than one group")
+        rest = [name for name in self.wanted if name not in named]
+        return [group for group in [*given, rest] if group]
+
+
+def resolve(config: Config) -> Resolved:
+    """Check every name and option, and compute the recipes. Reads configurations of checkpoints, no weights."""
+    source = make_source(config.source.kind, **config.source.options)
+    wanted: dict[str, Wanted] = {}
+    for name in _ordered(config):
+        wanted[name] = _wanted(name, config, source, wanted)
+    for name, entry in wanted.items():
+        wanted[name] = _with_tokenizer(entry, config)
+    resolved = Resolved(config, source, wanted)
+    resolved.groups()
+    return resolved
+
+
+def _labeler_of(name: str, entry: ModalityConfig) -> str | None:
+    if name in SOURCE_MODALITIES:
+        if entry.labeler is not None:
+            raise ConfigError(f"modalities.{name}.labeler: {name} comes from the source itself; remove the key")
+        return None
+    if entry.labeler is None and name not in labelers:
+        known = [*SOURCE_MODALITIES, *(cls.modality.name for _, cls in labelers.items())]
+        raise ConfigError(f"modalities.{name}: unknown modality{nearest(name, known)}")
+    return entry.labeler or name
+
+
+def _ordered(config: Config) -> Iterator[str]:
+    """The configured modalities, and those that only their labels are needed of, upstream first."""
+    done: list[str] = []
+
+    def visit(name: str, wanted_by: str | None) -> None:
+        if name in done:
+            return
+        entry = config.modalities.get(name)
+        if entry is None:
+            raise ConfigError(f"modalities.{wanted_by}: its labeler needs the labels of {name!r}; add `{name}: {{}}`")
+        labeler = _labeler_of(name, entry)
+        for upstream in labelers.get(labeler).inputs if labeler else ():
+            if upstream.startswith("label:"):
+                visit(upstream.removeprefix("label:"), name)
+        done.append(name)
+
+    for name in config.modalities:
+        visit(name, None)
+    yield from done
+
+
+def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]) -> Wanted:
+    entry = config.modalities[name]
+    labeler_name = _labeler_of(name, entry)
+    crop_rule = {"version": crops.CROP_RULE_VERSION, "n_crops": config.n_crops, "image_size": config.image_size}
+    decode = {**config.decode.model_dump(), "version": DECODE_VERSION}
+    if labeler_name is None:
+        for key in (*entry.options, *(k for k in ("model", "revision") if getattr(entry, k) is not None)):
+            raise ConfigError(f"modalities.{name}.{key}: unknown key{nearest(key, ['keep_labels', 'tokenizer'])}")
+        modality = SOURCE_MODALITIES[name]
+        content: dict[str, Any] = {"labeler": "source", "modality": name, "version": 1}
+        if modality.contract.form == "image":
+            content["decode"] = decode
+        return Wanted(
+            name, modality, None, None, Recipe("label", content), crop_rule, entry.keep_labels, None, (), False, False
+        )
+    settings = LabelerSettings(
+        modality=name, model=entry.model, revision=entry.revision, precision=entry.precision,
+        image_size=config.image_size, options=entry.options,
+    )
+    labeler = labelers.get(labeler_name)(settings)
+    modality = labeler.describe()
+    if modality.name != name:
+        raise ConfigError(f"modalities.{name}.labeler: labeler {labeler_name!r} makes {modality.name!r}, not {name!r}")
+    needs_truth = "truth" in labeler.inputs
+    if needs_truth and not source.has_truth:
+        raise ConfigError(f"modalities.{name}.labeler: {labeler_name!r} needs a source with ground truth, such as scenes")
+    upstream = labeler.upstream_modalities()
+    content = {**labeler.recipe(), "labeler": labeler_name, "modality": name, "decode": decode}
+    content["inputs"] = {up: before[up].label_recipe.hash for up in upstream}
+    if labeler.sees == "crops":
+        content["crops"] = crop_rule
+    return Wanted(
+        name, modality, labeler_name, settings, Recipe("label", content), crop_rule, entry.keep_labels,
+        entry.batch_size, upstream, labeler.sees == "crops", needs_truth,
+    )
+
+
+def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:
+    """Fill in the tokenizer: the given one, or the one that was fitted here with these options."""
+    given = config.modalities[wanted.name].tokenizer
+    if given.model is not None:
+        if given.options:
+            key = next(iter(given.options))
+            raise ConfigError(f"modalities.{wanted.name}.tokenizer.{key}: no such key beside a given `model`")
+        checkpoint = resolve_checkpoint(given.model, given.revision, f"modalities.{wanted.name}.tokenizer.model")
+        if checkpoint.folder is None:
+            raise ConfigError(
+                f"modalities.{wanted.name}.tokenizer.model: tokenizers are read from folders; {given.model!r} is a hub id"
+            )
+        return use_tokenizer(wanted, checkpoint.folder, config.image_size)
+    try:
+        dataset = Dataset(config.dataset)
+    except ConfigError:  # not built yet: nothing was fitted
+        return wanted
+    origin = fit_origin(wanted, config)
+    for short in dataset.tokenizers(wanted.name):
+        raw = dataset.store.read_if_exists(f"tokenizers/{wanted.name}/{short}/{ORIGIN}")
+        if raw is not None and json.loads(raw) == origin:
+            return use_tokenizer(wanted, dataset.tokenizer_folder(wanted.name, short), config.image_size)
+    return wanted
+
+
+def use_tokenizer(wanted: Wanted, folder: Path, image_size: int) -> Wanted:
+    """The modality with this tokenizer: loads it, so that a wrong one is refused before any work."""
+    codec = load_codec(folder, wanted.modality, image_size)
+    return replace(wanted, modality=codec.modality, tokenizer_folder=str(folder), tokenizer=codec_hash(folder))
+
+
+def fit_origin(wanted: Wanted, config: Config) -> dict[str, Any]:
+    """What a fitted tokenizer is fitted on and how, so that the same request finds it again."""
+    fit = config.fit.model_dump()
+    options = config.modalities[wanted.name].tokenizer.options
+    if not codecs.get(wanted.modality.codec).needs_fit:
+        fit = {}
+    return {"label_recipe": wanted.label_recipe.hash, "options": options, "fit": fit, "crops": wanted.crop_rule}
+
+
+def recipe_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Which lines of two recipes differ, as ``path: old -> new``."""
+
+    def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                yield from flat(entry, f"{path}.{key}" if path else str(key))
+        else:
+            yield path, value
+
+    a, b = dict(flat(old, "")), dict(flat(new, ""))
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+__all__ = ["COMMON_KEYS", "ORIGIN", "SHORT", "Resolved", "Wanted", "fit_origin", "recipe_diff", "resolve", "use_tokenizer"]

@@ -1,0 +1,249 @@
+"""The specialist: one actor hosts the networks and codecs of a group of modalities.
+
+It takes a micro-batch of one fixed shape and gives back values (tokens) and, where asked, labels. It is
+a plain object; `fourmill.flows.engine` wraps it in a Ray actor.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fourmill.crops import crop_boxes, crop_map
+from fourmill.errors import ContractError
+from fourmill.flows.resolve import Wanted
+from fourmill.labelers.base import LabelBatch, Labeler
+from fourmill.labelers.quality import check
+from fourmill.labels import Absent, Boxes, Label
+from fourmill.modality import Modality
+from fourmill.shards.arrow import Cell
+from fourmill.shards.dataset import Dataset
+from fourmill.tokenize.base import Codec, load_codec
+
+NO_CAPTION = "no caption"
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """B rows of one shard, decoded. B is the same for every micro-batch of a run; short ones hold blanks.
+
+    ``frames`` uint8 (H, W, 3) per row; ``sizes`` int32 (B, 2) original height, width; ``crops`` int32
+    (B, n_crops, 5). ``given`` holds labels that were kept earlier, by modality.
+    """
+
+    keys: Sequence[str]
+    frames: Sequence[np.ndarray]
+    present: np.ndarray
+    sizes: np.ndarray
+    crops: np.ndarray
+    captions: Sequence[Sequence[str]]
+    truth: Sequence[Mapping[str, Any] | None] = ()
+    given: Mapping[str, Sequence[Label]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroResult:
+    """``values``: per modality one cell per row; ``labels``: per kept modality one label per row."""
+
+    values: dict[str, list[Cell]]
+    labels: dict[str, list[Label]]
+    seconds: dict[str, float]
+
+
+class Specialist:
+    """Hosts the labelers and codecs of a group, each loaded once."""
+
+    def __init__(self, dataset_url: str, group: Sequence[Wanted], image_size: int, device: str) -> None:
+        self._dataset_url = dataset_url
+        self._group = {wanted.name: wanted for wanted in group}
+        self._image_size = image_size
+        self._device = device
+        self._labelers: dict[str, Labeler] | None = None
+        self._codecs: dict[str, Codec] = {}
+
+    def ready(self) -> dict[str, Any]:
+        """Load everything; returns the environment that receipts record."""
+        import torch
+        import transformers
+
+        if self._labelers is None:
+            if self._device == "cpu":
+                torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+            loaded = {}
+            for name, wanted in self._group.items():
+                if wanted.settings is not None:
+                    labeler = wanted.make_labeler()
+                    labeler.settings = _on_device(labeler.settings, self._device)
+                    labeler.load()
+                    loaded[name] = labeler
+            dataset = Dataset(self._dataset_url)
+            for name, wanted in self._group.items():
+                if wanted.tokenizer is not None:
+                    folder = dataset.tokenizer_folder(name, wanted.tokenizer[:12])
+                    self._codecs[name] = load_codec(folder, wanted.modality, self._image_size)
+            self._labelers = loaded
+        device = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
+        return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
+
+    def process(self, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> MicroResult:
+        """Label and tokenize. ``labels``: modalities whose labels are wanted back; ``tokens``: to tokenize."""
+        self.ready()
+        seconds = {"forward": 0.0, "tokenize": 0.0}
+        made: dict[str, list[Label]] = {}
+        needed = {*labels, *tokens}
+        for name in reversed(list(self._group)):
+            if name in needed and name not in batch.given:
+                needed.update(self._group[name].upstream)
+        for name, wanted in self._group.items():
+            if name in needed:
+                start = time.perf_counter()
+                made[name] = list(batch.given[name]) if name in batch.given else self._label(wanted, batch, made)
+                seconds["forward"] += time.perf_counter() - start
+        values = {}
+        for name in tokens:
+            start = time.perf_counter()
+            values[name] = self._tokenize(self._group[name], batch, made[name])
+            seconds["tokenize"] += time.perf_counter() - start
+        return MicroResult(values, {name: made[name] for name in labels}, seconds)
+
+    # -- labels ---------------------------------------------------------------------------------------
+
+    def _label(self, wanted: Wanted, batch: MicroBatch, made: Mapping[str, list[Label]]) -> list[Label]:
+        """One label per row; for a labeler that sees crops, an array with a leading crop axis."""
+        if wanted.settings is None:
+            return _from_source(wanted.modality, batch)
+        assert self._labelers is not None
+        labeler = self._labelers[wanted.name]
+        whole = LabelBatch(
+            keys=batch.keys, frames=batch.frames, present=batch.present, captions=batch.captions, truth=batch.truth,
+            crops=self._crop_images(batch) if wanted.sees_crops else None,
+            upstream={up: made[up] for up in wanted.upstream},
+        )
+        size = wanted.batch_size or len(batch.frames)
+        n_crops = batch.crops.shape[1] if wanted.sees_crops else 1
+        out: list[Label] = []
+        for start in range(0, len(batch.frames), size):
+            out.extend(labeler.label(_part(whole, start, size))[: min(size, len(batch.frames) - start) * n_crops])
+        if len(out) != len(batch.frames) * n_crops:
+            raise ContractError(
+                f"labeler {wanted.labeler!r} returned {len(out)} labels for {len(batch.frames) * n_crops} inputs"
+            )
+        frames = [frame for frame in batch.frames for _ in range(n_crops)]
+        rows = [row for row in range(len(batch.frames)) for _ in range(n_crops)]
+        live = [i for i, row in enumerate(rows) if batch.present[row]]
+        out = [_rounded(label, wanted.modality) for label in out]
+        check(wanted.modality, [out[i] for i in live], [frames[i] for i in live], [batch.keys[rows[i]] for i in live])
+        if not wanted.sees_crops:
+            return out
+        return [_stack(out[row * n_crops : (row + 1) * n_crops]) for row in range(len(batch.frames))]
+
+    def _crop_images(self, batch: MicroBatch) -> np.ndarray:
+        """uint8 (B, n_crops, S, S, 3)"""
+        return np.stack(
+            [
+                np.stack([crop_map(frame, crop, _hw(size), self._image_size, "bicubic") for crop in crops])
+                for frame, crops, size in zip(batch.frames, batch.crops, batch.sizes, strict=True)
+            ]
+        )
+
+    # -- tokens ---------------------------------------------------------------------------------------
+
+    def _tokenize(self, wanted: Wanted, batch: MicroBatch, labels: Sequence[Label]) -> list[Cell]:
+        """Crop each label by its own rule and encode all crops of the micro-batch as one batch."""
+        n_crops = batch.crops.shape[1]
+        blank = blank_label(wanted.modality, self._image_size)
+        cropped: list[Label] = []
+        for label, crops, size in zip(labels, batch.crops, batch.sizes, strict=True):
+            for index, crop in enumerate(crops):
+                absent = isinstance(label, Absent)
+                cropped.append(blank if absent else crop_label(wanted.modality, label, index, crop, size, self._image_size))
+        if wanted.modality.contract.form == "features":
+            shape = next((label.shape for label in cropped if isinstance(label, np.ndarray) and label.ndim == 3), (1, 1, 1))
+            cropped = [np.zeros(shape, np.float32) if label is blank else label for label in cropped]
+        values = self._codecs[wanted.name].encode(cropped)
+        return [
+            label if isinstance(label, Absent) else values[row * n_crops : (row + 1) * n_crops]
+            for row, label in enumerate(labels)
+        ]
+
+
+def crop_label(
+    modality: Modality, label: Label, index: int, crop: np.ndarray, size: np.ndarray, image_size: int
+) -> Label:
+    """The part of an image's label that belongs to its crop number ``index``."""
+    contract = modality.contract
+    if contract.form in ("map", "image"):
+        return crop_map(label, crop, _hw(size), image_size, contract.resample, contract.flip, contract.unit_norm)
+    if contract.form == "boxes":
+        return crop_boxes(label, crop, _hw(size))
+    if contract.form == "features":
+        return label[index]
+    if contract.form == "text":
+        return label[index % len(label)]
+    return label
+
+
+def blank_label(modality: Modality, image_size: int) -> Label:
+    """What stands in the batch for a row without a label; its tokens are thrown away."""
+    contract = modality.contract
+    if contract.form in ("map", "image"):
+        channels = () if contract.channels is None else (contract.channels,)
+        blank = np.ones((image_size, image_size, *channels), np.dtype(contract.dtype))
+        return blank / np.sqrt(np.float32(contract.channels or 1)) if contract.unit_norm else blank
+    if contract.form == "boxes":
+        return Boxes.empty()
+    if contract.form == "text":
+        return ""
+    if contract.form == "vector":
+        return np.zeros(contract.channels or 1, np.float32)
+    return 0.0
+
+
+def _from_source(modality: Modality, batch: MicroBatch) -> list[Label]:
+    if modality.contract.form == "image":
+        return list(batch.frames)
+    return [list(texts) if texts else Absent(NO_CAPTION) for texts in batch.captions]
+
+
+def _rounded(label: Label, modality: Modality) -> Label:
+    """Round to the precision that labels are kept in, so that kept and fresh labels give the same tokens."""
+    stored = modality.contract.stored
+    if stored and isinstance(label, np.ndarray):
+        return label.astype(stored).astype(modality.contract.dtype)
+    return label
+
+
+def _stack(labels: Sequence[Label]) -> Label:
+    absent = next((label for label in labels if isinstance(label, Absent)), None)
+    return absent if absent is not None else np.stack(labels)
+
+
+def _part(batch: LabelBatch, start: int, size: int) -> LabelBatch:
+    """Rows start..start+size, padded to ``size`` by repeating the last row: networks see one shape."""
+    index = [min(i, len(batch.frames) - 1) for i in range(start, start + size)]
+    if index == list(range(len(batch.frames))):
+        return batch
+
+    def take(values: Sequence[Any]) -> list[Any]:
+        return [values[i] for i in index] if len(values) else []
+
+    return LabelBatch(
+        keys=take(batch.keys), frames=take(batch.frames), present=batch.present[index], captions=take(batch.captions),
+        crops=None if batch.crops is None else batch.crops[index], truth=take(batch.truth),
+        upstream={name: take(labels) for name, labels in batch.upstream.items()},
+    )
+
+
+def _hw(size: np.ndarray) -> tuple[int, int]:
+    return int(size[0]), int(size[1])
+
+
+def _on_device(settings: Any, device: str) -> Any:
+    from dataclasses import replace
+
+    return replace(settings, device=device)

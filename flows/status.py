@@ -1,0 +1,137 @@
+"""The state of a dataset, derived from its receipts alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from fourmill.errors import ConfigError
+from fourmill.flows.plan import ColumnState, column_state
+from fourmill.flows.runner import NOT_A_FAULT
+from fourmill.shards.dataset import SAMPLES, Dataset
+from fourmill.shards.receipts import Receipt, Recipe
+from fourmill.shards.samples import OK
+
+
+@dataclass(frozen=True)
+class ModalityStatus:
+    finished: int
+    pending: int
+    stale: int
+    parked: int
+    rows: int
+    absent: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """``rejected``: unique keys that have no image or fail in any modality."""
+
+    samples: int
+    shards: int
+    complete: bool
+    rejected: int
+    modalities: dict[str, ModalityStatus]
+    reasons: dict[str, dict[str, int]]  # column -> reason -> rows
+    parked: dict[str, dict[int, str]]  # column -> shard -> error
+
+    def to_json(self) -> dict[str, Any]:
+        fields = ModalityStatus.__dataclass_fields__
+        return {
+            "samples": self.samples, "shards": self.shards, "complete": self.complete, "rejected": self.rejected,
+            "modalities": {n: {f: getattr(m, f) for f in fields} for n, m in self.modalities.items()},
+        }
+
+
+def latest_run(dataset: Dataset) -> dict[str, Any]:
+    """What the newest run asked for: ``recipes`` (modality -> recipe), ``shards`` and ``samples`` in all."""
+    names = dataset.store.names("runs")
+    if not names:
+        raise ConfigError(f"{dataset.url}: nothing was built here yet; run `fourmill build`")
+    return dict(yaml.safe_load(dataset.store.read(f"runs/{names[-1]}")))
+
+
+def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
+    """Compare the receipts with what the run (by default the newest) asked for."""
+    run = run or latest_run(dataset)
+    shards = {int(k): int(v) for k, v in run["shards"].items()}
+    short = dataset.samples_recipe()
+    samples = dataset.receipts(SAMPLES, short) if short else {}
+    samples = {shard: receipt for shard, receipt in samples.items() if shard in shards}
+    modalities, reasons, parked = {}, {}, {}
+    bad: set[tuple[int, int]] = set()
+    if samples:
+        reasons[SAMPLES] = _sum(receipt.absent for receipt in samples.values())
+    for name, content in run["recipes"].items():
+        recipe = Recipe(content["kind"], {k: v for k, v in content.items() if k != "kind"}) if content else None
+        state = column_state(dataset, name, recipe, list(shards))
+        receipts = {s: dataset.receipt(name, recipe.short, s) for s in sorted(state.finished)} if recipe else {}
+        modalities[name] = _modality(state, receipts, len(shards))
+        reasons[name] = _sum(receipt.absent for receipt in receipts.values())
+        if recipe and state.parked:
+            found = dataset.parked(name, recipe.short)
+            parked[name] = {s: dataset.parked_error(name, recipe.short, found[s]) for s in sorted(state.parked)}
+        for shard, receipt in receipts.items():
+            if receipt.absent.keys() - NOT_A_FAULT:
+                bad |= {(shard, row) for row in _failed_rows(dataset, receipt)}
+    complete = bool(shards) and len(samples) == len(shards)
+    complete = complete and all(m.finished == len(shards) for m in modalities.values())
+    rejected = _rejected_keys(dataset, samples, bad)
+    return Status(sum(shards.values()), len(shards), complete, rejected, modalities, reasons, parked)
+
+
+def _modality(state: ColumnState, receipts: dict[int, Receipt], shards: int) -> ModalityStatus:
+    finished, stale, parked = len(state.finished), len(state.stale), len(state.parked - state.stale)
+    return ModalityStatus(
+        finished=finished, pending=shards - finished - stale - parked, stale=stale, parked=parked,
+        rows=sum(r.rows for r in receipts.values()), absent=sum(r.rows - r.present for r in receipts.values()),
+        bytes=sum(r.bytes for r in receipts.values()),
+    )
+
+
+def _failed_rows(dataset: Dataset, receipt: Receipt) -> list[int]:
+    reasons = dataset.table(receipt.file).column("reason").to_pylist()
+    return [row for row, reason in enumerate(reasons) if reason is not None and reason not in NOT_A_FAULT]
+
+
+def _rejected_keys(dataset: Dataset, samples: dict[int, Receipt], bad: set[tuple[int, int]]) -> int:
+    keys: set[str] = set()
+    touched = {shard for shard, _ in bad} | {s for s, r in samples.items() if r.absent.keys() - NOT_A_FAULT}
+    for shard in touched & set(samples):
+        table = dataset.table(samples[shard].file).select(["key", "status"])
+        names, states = (column.to_pylist() for column in table.columns)
+        keys |= {k for k, s in zip(names, states, strict=True) if s != OK and s not in NOT_A_FAULT}
+        keys |= {names[row] for s, row in bad if s == shard}
+    return len(keys)
+
+
+def _sum(counts: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in counts:
+        for reason, count in part.items():
+            total[reason] = total.get(reason, 0) + count
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def status_table(report: Status, url: str) -> Table:
+    table = Table(title=f"{url}: {report.samples} samples in {report.shards} shards", title_justify="left")
+    for heading in ("modality", "finished", "pending", "stale", "parked", "rows", "absent", "size"):
+        table.add_column(heading, justify="left" if heading == "modality" else "right")
+    for name, m in report.modalities.items():
+        cells = (m.finished, m.pending, m.stale, m.parked, m.rows, m.absent)
+        table.add_row(name, *(str(cell) for cell in cells), human_bytes(m.bytes))
+    done = "complete" if report.complete else "work missing"
+    table.caption = f"{done}; {report.rejected} keys set aside"
+    return table
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

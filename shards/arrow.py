@@ -1,0 +1,147 @@
+"""Arrow files of one column: values and reasons, byte-reproducible and memory-mappable.
+
+===================  ==================================================================
+kind                 type of ``value``
+===================  ==================================================================
+grid, vector         FixedSizeList<uint16>[n_crops * n_tokens]
+sequence             List<List<uint16>>: by crop, whole and without EOS
+pixels               List<Binary>: by crop
+embedding            FixedSizeList<float16>[n_crops * n]
+scalar               float32
+===================  ==================================================================
+
+Null slots are zero-filled, so a column can be read as one flat array without looking at validity.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fourmill.errors import DatasetError
+from fourmill.labels import Absent
+from fourmill.modality import Modality
+
+Cell = Sequence[Any] | Absent  # one value per crop, or the reason why there is none
+
+
+def write_table(table: pa.Table) -> bytes:
+    """Arrow IPC file bytes, one record batch, uncompressed: the same table gives the same bytes."""
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=None)) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def read_table(source: bytes | str, where: str) -> pa.Table:
+    """From bytes, or memory-mapped from a local path."""
+    try:
+        if isinstance(source, bytes):
+            return pa.ipc.open_file(pa.BufferReader(source)).read_all()
+        with pa.memory_map(source) as stream:
+            return pa.ipc.open_file(stream).read_all()
+    except FileNotFoundError as error:
+        raise DatasetError(f"{where} is missing, though a receipt names it; remove that receipt and build") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DatasetError(f"{where} is damaged ({error}); remove it and its receipt, then build") from error
+
+
+def column_table(modality: Modality, cells: Sequence[Cell], n_crops: int, metadata: dict[str, str]) -> pa.Table:
+    """The table of one shard of a modality: rows in shard order, nulls with reasons."""
+    absent = np.array([isinstance(cell, Absent) for cell in cells], dtype=bool)
+    mask = pa.array(absent)
+    reasons = pa.array([cell.reason if isinstance(cell, Absent) else None for cell in cells], pa.string())
+    value = _value_array(modality, cells, absent, mask, n_crops)
+    meta = {"name": modality.name, "kind": modality.kind, "n_crops": n_crops, "num_tokens": modality.num_tokens}
+    schema = pa.schema(
+        [pa.field("value", value.type), pa.field("reason", pa.string())],
+        metadata={"fourmill": json.dumps({**meta, "vocab_size": modality.vocab_size, **metadata}, sort_keys=True)},
+    )
+    return pa.Table.from_arrays([value, reasons], schema=schema)
+
+
+def _value_array(
+    modality: Modality, cells: Sequence[Cell], absent: np.ndarray, mask: pa.Array, n_crops: int
+) -> pa.Array:
+    if modality.kind in ("grid", "vector", "embedding"):
+        dtype = np.float16 if modality.kind == "embedding" else np.uint16
+        width = modality.num_tokens * n_crops
+        flat = np.zeros((len(cells), width), dtype)
+        for row, cell in enumerate(cells):
+            if not isinstance(cell, Absent):
+                flat[row] = np.concatenate([np.asarray(value, dtype) for value in cell])
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width, mask=mask)
+    if modality.kind == "scalar":
+        values = np.array([0.0 if isinstance(c, Absent) else c[0] for c in cells], np.float32)
+        return pa.array(values, mask=absent)
+    blank: Any = b"" if modality.kind == "pixels" else np.zeros(0, np.uint16)
+    by_crop = [value for cell in cells for value in ([blank] * n_crops if isinstance(cell, Absent) else cell)]
+    if modality.kind == "pixels":
+        inner: pa.Array = pa.array(by_crop, pa.binary())
+    else:
+        lengths = np.array([len(value) for value in by_crop], np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        flat = np.concatenate([np.asarray(v, np.uint16) for v in by_crop]) if by_crop else np.zeros(0, np.uint16)
+        inner = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.uint16()))
+    outer = pa.array(np.arange(len(cells) + 1, dtype=np.int32) * n_crops)
+    return pa.ListArray.from_arrays(outer, inner, mask=mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One shard of one modality, memory-mapped where storage is local.
+
+    ``present`` bool (rows,). ``tokens`` uint16 (rows, n_crops, num_tokens) for grid and vector (float16
+    for embedding, float32 (rows, 1, 1) for scalar), zeros where absent. For sequences ``flat`` uint16 and
+    ``offsets`` int64 (rows * n_crops + 1,): the cell of (row, crop) is flat[offsets[i]:offsets[i + 1]], i = row *
+    n_crops + crop. For pixels ``blobs`` holds Arrow binary values in the same order.
+    """
+
+    present: np.ndarray
+    reasons: pa.ChunkedArray
+    n_crops: int
+    tokens: np.ndarray | None = None
+    flat: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+    blobs: pa.Array | None = None
+
+    def cells(self, row: int, crop: int = 0) -> Any:
+        """The value of one (row, crop): tokens uint16 (n,), or the bytes of a picture."""
+        index = row * self.n_crops + crop
+        if self.tokens is not None:
+            return self.tokens[row, crop]
+        if self.blobs is not None:
+            return self.blobs[index].as_py()
+        assert self.flat is not None and self.offsets is not None
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+
+def open_column(table: pa.Table, where: str) -> Column:
+    """A table of `column_table`, as arrays that share its memory."""
+    try:
+        meta = json.loads(table.schema.metadata[b"fourmill"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{where}: has no fourmill metadata; was it written by another program?") from error
+    table = table.combine_chunks()
+    value = table.column("value").chunk(0) if table.num_rows else pa.array([], table.schema.field("value").type)
+    present = np.asarray(value.is_valid()).astype(bool)
+    n_crops, reasons = int(meta["n_crops"]), table.column("reason")
+    if meta["kind"] in ("grid", "vector", "embedding"):
+        flat = value.values.slice(value.offset * value.type.list_size, len(value) * value.type.list_size)
+        tokens = flat.to_numpy(zero_copy_only=True).reshape(table.num_rows, n_crops, meta["num_tokens"])
+        return Column(present, reasons, n_crops, tokens=tokens)
+    if meta["kind"] == "scalar":
+        scores = np.nan_to_num(value.to_numpy(zero_copy_only=False).astype(np.float32))
+        return Column(present, reasons, n_crops, tokens=scores.reshape(-1, 1, 1))
+    inner = value.values
+    if meta["kind"] == "pixels":
+        return Column(present, reasons, n_crops, blobs=inner)
+    offsets = inner.offsets.to_numpy().astype(np.int64)
+    return Column(present, reasons, n_crops, flat=inner.values.to_numpy(zero_copy_only=True), offsets=offsets)

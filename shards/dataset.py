@@ -1,0 +1,237 @@
+"""A dataset on storage: its identity, its columns and their receipts.
+
+    DATASET/
+      dataset.yaml                                   what can never change
+      runs/<id>.yaml                                 the configuration of each run
+      samples/shard-000000.<hash12>.arrow            one row per source row
+      tokens/<modality>/shard-000000.<hash12>.arrow
+      labels/<modality>/shard-000000.<hash12>.tar    where kept
+      receipts/<column>/<recipe12>/{recipe.json, shard-000000.json}
+      parked/<column>/<recipe12>/shard-000000.<attempt>.json
+      tokenizers/<modality>/<hash12>/
+      snapshots/<digest>.json
+
+Nothing else is state. A shard of a column is finished if there is a receipt under the wanted recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from fourmill.checkpoints import folder_hash
+from fourmill.errors import ConfigError, DatasetError
+from fourmill.modality import Modality
+from fourmill.seeds import keys_digest
+from fourmill.shards.arrow import Column, open_column, read_table
+from fourmill.shards.receipts import (
+    SHORT,
+    Receipt,
+    Recipe,
+    canonical,
+    data_name,
+    receipt_name,
+    sha256,
+    shard_number,
+)
+from fourmill.storage import Store
+
+FORMAT = 1
+SAMPLES = "samples"
+
+
+class Dataset:
+    """An existing dataset. Cheap to open: reads ``dataset.yaml`` alone."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.store = Store(url)
+        raw = self.store.read_if_exists("dataset.yaml")
+        if raw is None:
+            raise ConfigError(f"{url} is not a dataset (no dataset.yaml); build it first, or check the path")
+        self._open(raw)
+
+    def _open(self, raw: bytes) -> None:
+        try:
+            self.identity: dict[str, Any] = yaml.safe_load(raw)
+            version = self.identity["format"]
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise DatasetError(f"{self.url}/dataset.yaml is damaged: {error}") from error
+        if version != FORMAT:
+            raise DatasetError(f"{self.url} has format {version}; this fourmill reads format {FORMAT}")
+        self.digest = sha256(raw)
+
+    @classmethod
+    def create(cls, url: str, identity: dict[str, Any]) -> Dataset:
+        """Open the dataset, creating it if there is none; refuse one that was built otherwise."""
+        store = Store(url)
+        raw = yaml.safe_dump({"format": FORMAT, **identity}, sort_keys=True).encode()
+        if store.read_if_exists("dataset.yaml") is None:
+            store.put_if_absent("dataset.yaml", raw)
+        dataset = cls(url)
+        for key, value in {"format": FORMAT, **identity}.items():
+            there = dataset.identity.get(key)
+            if there != value:
+                raise ConfigError(
+                    f"{url} was built with {key} = {json.dumps(there)}, the configuration says {json.dumps(value)}; "
+                    "that can't change: choose another `dataset:` or restore the value"
+                )
+        return dataset
+
+    # -- recipes and receipts -------------------------------------------------------------------------
+
+    def columns(self) -> list[str]:
+        return self.store.names("receipts")
+
+    def recipes(self, column: str) -> list[str]:
+        return self.store.names(f"receipts/{column}")
+
+    def recipe(self, column: str, short: str) -> dict[str, Any]:
+        """The canonical content of a recipe, with its ``kind``."""
+        name = f"receipts/{column}/{short}/recipe.json"
+        raw = self.store.read(name)
+        try:
+            content = dict(json.loads(raw))
+        except ValueError as error:
+            raise DatasetError(f"{self.url}/{name} is damaged: {error}") from error
+        if sha256(raw)[:SHORT] != short:
+            raise DatasetError(f"{self.url}/{name} does not hash to the name of its folder; it is damaged")
+        return content
+
+    def finished(self, column: str, short: str) -> set[int]:
+        """The shards with a receipt: one listing."""
+        numbers = (shard_number(name) for name in self.store.names(f"receipts/{column}/{short}"))
+        return {number for number in numbers if number is not None}
+
+    def receipt(self, column: str, short: str, shard: int) -> Receipt:
+        name = receipt_name(column, short, shard)
+        return Receipt.from_json(self.store.read(name), f"{self.url}/{name}")
+
+    def receipts(self, column: str, short: str) -> dict[int, Receipt]:
+        return {shard: self.receipt(column, short, shard) for shard in sorted(self.finished(column, short))}
+
+    def put_data(self, folder: str, shard: int, data: bytes, ending: str) -> str:
+        """Write a content-named data file. One that is there is verified, and replaced if it is damaged."""
+        name = data_name(folder, shard, data, ending)
+        if not self.store.put_if_absent(name, data):
+            self.store.put(name, data)
+        return name
+
+    def commit(self, recipe: Recipe, receipt: Receipt) -> bool:
+        """Write the receipt unless there is one. False: somebody else was first, and theirs stands."""
+        self.store.put_if_absent(f"receipts/{receipt.column}/{recipe.short}/recipe.json", recipe.text.encode())
+        return self.store.put_if_absent(
+            receipt_name(receipt.column, recipe.short, receipt.shard), receipt.to_json().encode()
+        )
+
+    # -- parked shards --------------------------------------------------------------------------------
+
+    def park(self, column: str, short: str, shard: int, attempt: str, error: str) -> None:
+        name = f"parked/{column}/{short}/shard-{shard:06d}.{attempt}.json"
+        self.store.put_if_absent(name, canonical({"error": error, "attempt": attempt}).encode())
+
+    def parked(self, column: str, short: str) -> dict[int, str]:
+        """Parked shards that have no receipt since, with the name of the newest parking file."""
+        done = self.finished(column, short)
+        found = {shard_number(name): name for name in self.store.names(f"parked/{column}/{short}")}
+        return {shard: name for shard, name in found.items() if shard is not None and shard not in done}
+
+    def parked_error(self, column: str, short: str, name: str) -> str:
+        return str(json.loads(self.store.read(f"parked/{column}/{short}/{name}"))["error"])
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    def table(self, name: str) -> pa.Table:
+        local = self.store.local_path(name)
+        return read_table(str(local) if local else self.store.read(name), f"{self.url}/{name}")
+
+    def samples_recipe(self) -> str | None:
+        """The short hash of the samples recipe (a dataset has one), None before the first shard."""
+        shorts = self.recipes(SAMPLES)
+        if len(shorts) > 1:
+            raise DatasetError(f"{self.url} has {len(shorts)} samples recipes; a dataset has one")
+        return shorts[0] if shorts else None
+
+    def samples(self, shard: int) -> pa.Table:
+        short = self.samples_recipe()
+        if short is None:
+            raise DatasetError(f"{self.url} has no samples yet")
+        return self.table(self.receipt(SAMPLES, short, shard).file)
+
+    def column(self, modality: str, short: str, shard: int) -> Column:
+        """One shard of a modality, checked against the keys of its samples."""
+        receipt = self.receipt(modality, short, shard)
+        samples = self.receipt(SAMPLES, str(self.samples_recipe()), shard)
+        if receipt.keys != samples.keys:
+            raise DatasetError(f"{receipt.file}: its keys are not those of {samples.file}; rebuild that shard")
+        return open_column(self.table(receipt.file), f"{self.url}/{receipt.file}")
+
+    # -- tokenizers -----------------------------------------------------------------------------------
+
+    def add_tokenizer(self, modality: str, folder: Path) -> str:
+        """Copy a tokenizer's folder into the dataset under its hash (immutable); returns the short hash."""
+        short = folder_hash(str(folder.resolve()))[:SHORT]
+        for file in sorted(folder.iterdir()):
+            if file.is_file():
+                self.store.put_if_absent(f"tokenizers/{modality}/{short}/{file.name}", file.read_bytes())
+        return short
+
+    def tokenizers(self, modality: str) -> list[str]:
+        return self.store.names(f"tokenizers/{modality}")
+
+    def tokenizer_folder(self, modality: str, short: str) -> Path:
+        """The tokenizer's folder on this machine; copied to a temporary one from remote storage."""
+        name = f"tokenizers/{modality}/{short}"
+        local = self.store.local_path(name)
+        folder = local if local else Path(tempfile.mkdtemp(prefix=f"fourmill-{modality}-"))
+        if local is None:
+            for file in self.store.names(name):
+                (folder / file).write_bytes(self.store.read(f"{name}/{file}"))
+        if not folder.is_dir() or folder_hash(str(folder.resolve()))[:SHORT] != short:
+            raise DatasetError(f"{self.url}/{name} is missing or damaged: its files do not hash to its name")
+        return folder
+
+
+def check_keys(table: pa.Table, receipt: Receipt) -> None:
+    """The key column of a samples table is the one that the receipt speaks of."""
+    if keys_digest(table.column("key").to_pylist()) != receipt.keys:
+        raise DatasetError(f"{receipt.file}: the key column is not the one in its receipt; the file is damaged")
+
+
+def safe_name(name: str) -> str:
+    """A modality or tokenizer name as a path part."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise DatasetError(f"{name!r} is not a modality name")
+    return name
+
+
+def absent_counts(reasons: Iterable[str | None]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        if reason is not None:
+            counts[reason] = counts.get(reason, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def modality_json(modality: Modality) -> dict[str, Any]:
+    """What a snapshot remembers of a resolved modality."""
+    contract = modality.contract
+    return {
+        "name": modality.name, "kind": modality.kind, "codec": modality.codec, "vocab_size": modality.vocab_size,
+        "num_tokens": modality.num_tokens, "reference_name": modality.reference_name, "doc": modality.doc,
+        "contract": {name: getattr(contract, name) for name in contract.__slots__},
+    }
+
+
+def presence_of(receipts: Iterable[Receipt]) -> np.ndarray:
+    """bool (rows,): rows present in every one of the receipts' columns."""
+    masks = [receipt.presence_mask() for receipt in receipts]
+    return np.logical_and.reduce(masks) if masks else np.zeros(0, bool)

@@ -1,0 +1,166 @@
+"""A snapshot pins what a training run reads: shards, recipes and hashes, under one digest.
+
+It is registered in the dataset before anyone reads it, and holds no absolute path, so a dataset can move.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fourmill.errors import DatasetError, WorkMissing
+from fourmill.modality import LabelContract, Modality
+from fourmill.shards.arrow import Column, open_column
+from fourmill.shards.dataset import SAMPLES, Dataset, modality_json
+from fourmill.shards.receipts import canonical, sha256
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRef:
+    """One shard of a snapshot: data files by column name (``samples`` among them), relative to the dataset."""
+
+    index: int
+    rows: int
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Read-only view of finished shards. Columns are opened on demand and not cached."""
+
+    dataset: Dataset
+    digest: str
+    content: dict[str, Any]
+    modalities: dict[str, Modality] = field(default_factory=dict)
+    shards: list[ShardRef] = field(default_factory=list)
+
+    @property
+    def image_size(self) -> int:
+        return int(self.content["image_size"])
+
+    @property
+    def n_crops(self) -> int:
+        return int(self.content["n_crops"])
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def tokenizer(self, modality: str) -> str | None:
+        """The short hash of the modality's tokenizer in the dataset."""
+        short = self.content["modalities"][modality].get("tokenizer")
+        return str(short) if short else None
+
+    def column(self, shard: int, modality: str) -> Column:
+        """``shard`` counts in this snapshot's list of shards."""
+        ref = self.shards[shard]
+        if modality not in ref.files:
+            raise DatasetError(f"snapshot {self.digest[:12]} has no modality {modality!r}")
+        name = ref.files[modality]
+        return open_column(self.dataset.table(name), f"{self.dataset.url}/{name}")
+
+    def keys64(self, shard: int) -> np.ndarray:
+        """uint64 (rows,)"""
+        return self._samples(shard, ["key64"])["key64"].to_numpy()
+
+    def keys(self, shard: int) -> list[str]:
+        return list(self._samples(shard, ["key"])["key"].to_pylist())
+
+    def is_train(self, shard: int) -> np.ndarray:
+        """bool (rows,): readable and not held out."""
+        table = self._samples(shard, ["split", "status"])
+        return np.array(
+            [s == "train" and ok == "ok" for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)], bool
+        )
+
+    def is_val(self, shard: int) -> np.ndarray:
+        """bool (rows,): readable and held out from fitting and training."""
+        table = self._samples(shard, ["split", "status"])
+        return np.array(
+            [s == "val" and ok == "ok" for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)], bool
+        )
+
+    def _samples(self, shard: int, columns: list[str]) -> Any:
+        return self.dataset.table(self.shards[shard].files[SAMPLES]).select(columns)
+
+    @classmethod
+    def create(
+        cls,
+        dataset: Dataset,
+        recipes: Mapping[str, str],
+        modalities: Mapping[str, Modality],
+        tokenizers: Mapping[str, str],
+        image_size: int,
+    ) -> Snapshot:
+        """Pin the shards that are finished in every modality, and register the snapshot.
+
+        ``recipes``: short token recipe by modality. Raises WorkMissing when no shard is finished in all of them,
+        DatasetError when a modality's receipts disagree on the keys of a shard.
+        """
+        samples_short = dataset.samples_recipe()
+        if samples_short is None:
+            raise WorkMissing(f"{dataset.url} has no finished shard yet; run `fourmill build` first")
+        samples = dataset.receipts(SAMPLES, samples_short)
+        columns = {name: dataset.receipts(name, short) for name, short in recipes.items()}
+        shards = []
+        for index, receipt in samples.items():
+            if not all(index in column for column in columns.values()):
+                continue
+            for name, column in columns.items():
+                if column[index].keys != receipt.keys:
+                    raise DatasetError(f"shard {index}: {name} and samples disagree on the keys; rebuild {name}")
+            files = {SAMPLES: receipt, **{name: column[index] for name, column in columns.items()}}
+            pinned = {name: {"file": r.file, "sha256": r.sha256} for name, r in files.items()}
+            shards.append({"index": index, "rows": receipt.rows, "columns": pinned})
+        if not shards:
+            raise WorkMissing(f"{dataset.url} has no shard that is finished in {', '.join(recipes)}; run the build again")
+        content = {
+            "format": 1,
+            "dataset": dataset.digest,
+            "image_size": image_size,
+            "n_crops": dataset.identity["n_crops"],
+            "modalities": {
+                name: {**modality_json(modalities[name]), "recipe": recipes[name], "tokenizer": tokenizers.get(name)}
+                for name in sorted(recipes)
+            },
+            "shards": shards,
+        }
+        text = canonical(content)
+        digest = sha256(text)
+        dataset.store.put_if_absent(f"snapshots/{digest}.json", text.encode())
+        return cls._of(dataset, digest, json.loads(text))
+
+    @classmethod
+    def load(cls, url: str, digest: str | None = None) -> Snapshot:
+        """A registered snapshot, by its digest or the first digits of it; the only one if None."""
+        dataset = Dataset(url)
+        names = [n for n in dataset.store.names("snapshots") if n.startswith(digest or "")]
+        if len(names) != 1:
+            what = f"{len(names)} snapshots match {digest!r}" if digest else f"there are {len(names)} snapshots"
+            raise DatasetError(f"{url}: {what}; name one of: {', '.join(n[:12] for n in names) or 'none registered'}")
+        raw = dataset.store.read(f"snapshots/{names[0]}")
+        if sha256(raw) != names[0].removesuffix(".json"):
+            raise DatasetError(f"{url}/snapshots/{names[0]} is damaged: it does not hash to its name")
+        content = json.loads(raw)
+        if content["dataset"] != dataset.digest:
+            raise DatasetError(f"snapshot {names[0][:12]} was made of another dataset than {url}")
+        return cls._of(dataset, names[0].removesuffix(".json"), content)
+
+    @classmethod
+    def _of(cls, dataset: Dataset, digest: str, content: dict[str, Any]) -> Snapshot:
+        modalities = {name: _modality(entry) for name, entry in content["modalities"].items()}
+        shards = [
+            ShardRef(s["index"], s["rows"], {name: c["file"] for name, c in s["columns"].items()})
+            for s in content["shards"]
+        ]
+        return cls(dataset, digest, content, modalities, shards)
+
+
+def _modality(entry: dict[str, Any]) -> Modality:
+    contract = {**entry["contract"], "classes": tuple(entry["contract"]["classes"])}
+    fields = ("name", "kind", "codec", "vocab_size", "num_tokens", "reference_name", "doc")
+    return Modality(contract=LabelContract(**contract), **{name: entry[name] for name in fields})
