@@ -30,7 +30,8 @@ from fourmill.flows.specialists.evaluate import (
     load,
     to_pixels,
 )
-from fourmill.flows.specialists.folder import adamw, count_params, one_cycle, save_half, write_card
+from fourmill.flows.specialists.folder import count_params, one_cycle, save_half, write_card
+from fourmill.flows.specialists.muon import Together
 from fourmill.shards.sources.scenes import VERSION
 
 TRAIN_SEED = 1000
@@ -43,7 +44,7 @@ class Settings:
     minutes: float = 15.0  # of processor time
     scenes: int = 12288
     batch: int = 8
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     weight_decay: float = 0.02
     half_size_share: float = 0.5  # of the time
     ema: float = 0.997  # decay per step of the averaged weights, which are what is saved
@@ -58,16 +59,15 @@ def train(settings: Settings) -> None:
     networks = {task: _start(task, settings.init) for task in settings.tasks}
     _share_trunks(networks)
     together = nn.ModuleList(networks.values())  # counts shared parameters once
-    optimizer = adamw([together], settings.lr, settings.weight_decay)
+    optimizer = Together(together, settings.lr, settings.weight_decay)
     averages = {task: copy.deepcopy(network).eval() for task, network in networks.items()}
     batches, step, losses = _batches(pool, settings), 0, dict.fromkeys(networks, 0.0)
     started, said, saved = time.process_time(), 0.0, 0.0
     while (spent := (time.process_time() - started) / 60.0) < settings.minutes:
         fraction = spent / settings.minutes
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * one_cycle(fraction)
+        lr = settings.lr * one_cycle(fraction)
         side = SIZE // 2 if fraction < settings.half_size_share else SIZE
-        for task, loss in _step(networks, optimizer, next(batches), side).items():
+        for task, loss in _step(networks, optimizer, next(batches), side, lr).items():
             losses[task] = 0.98 * losses[task] + 0.02 * loss if step else loss
         step += 1
         _average(averages, networks, min(settings.ema, step / (step + 10.0)))
@@ -116,14 +116,12 @@ def _mirror(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _step(
-    networks: dict[str, Any], optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], side: int
+    networks: dict[str, Any], optimizer: Together, batch: dict[str, torch.Tensor], side: int, lr: float
 ) -> dict[str, float]:
     pixels = batch["pixels"] if side == SIZE else F.avg_pool2d(batch["pixels"], SIZE // side)
     losses = {task: LOSSES[task](raw, batch[task]) for task, raw in _outputs(networks, pixels).items()}
-    optimizer.zero_grad(set_to_none=True)
     torch.stack(list(losses.values())).sum().backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 2.0)
-    optimizer.step()
+    optimizer.step(lr)
     return {task: float(loss.detach()) for task, loss in losses.items()}
 
 
@@ -232,6 +230,7 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=default.save_minutes)
     parser.add_argument("--init", type=Path, help="start from the checkpoints in INIT/<task>")
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # subnormal numbers are many times slower
     arguments = vars(parser.parse_args())
     train(Settings(**{**arguments, "tasks": tuple(arguments["tasks"])}))
 
