@@ -1,0 +1,205 @@
+"""Building a dataset: plan, label the fit set, fit tokenizers, label and tokenize the rest.
+
+`build` is a plain function of a configuration; `build_dataset` is the same as a Prefect flow, whose tasks
+are its stages (never samples or shards). What is finished is decided by receipts alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import yaml
+
+from fourmill import __version__
+from fourmill.config import Config
+from fourmill.errors import SourceError, WorkMissing
+from fourmill.flows.engine import EngineReport, run_jobs
+from fourmill.flows.fitting import fit_tokenizers, needs_labels
+from fourmill.flows.plan import Plan, fit_shards, make_plan
+from fourmill.flows.progress import progress, say
+from fourmill.flows.resolve import Resolved, resolve
+from fourmill.flows.status import Status, status
+from fourmill.shards.dataset import SAMPLES, Dataset
+
+T = TypeVar("T")
+#: runs one stage: (name, function) -> what the function returns
+Stage = Callable[[str, Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What one run is asked for, beside the configuration."""
+
+    limit: int | None = None
+    shards: tuple[int, int] | None = None
+    redo_stale: bool = False
+    only_labels: tuple[str, ...] | None = None  # `fourmill label`: keep labels of these, make no tokens
+    only_tokens: tuple[str, ...] | None = None  # `fourmill tokenize`
+    fit_only: bool = False  # `fourmill fit-tokenizers`
+
+
+@dataclass
+class BuildResult:
+    status: Status
+    rows_labelled: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def plain_stage(name: str, call: Callable[[], T]) -> T:
+    return call()
+
+
+def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage = plain_stage) -> BuildResult:
+    """Make what is missing. Raises WorkMissing when something still is, once all that could be done is done."""
+    with _sigterm_interrupts():
+        resolved = resolve(config)
+        make_plan(resolved, None)  # an empty source is refused before the dataset exists
+        dataset = Dataset.create(config.dataset, resolved.identity)
+        _add_given_tokenizers(resolved, dataset)
+        total = EngineReport()
+        if options.only_labels is None and resolved.unfitted():
+            _fit(resolved, dataset, options, stage, total)
+            resolved = resolve(config)
+        if not options.fit_only:
+            plan = _plan(resolved, dataset, options)
+            _remember_run(dataset, resolved, plan)
+            _say_plan(plan)
+            _run(resolved, dataset, plan, "Label and tokenize", stage, total)
+    return _finish(resolved, dataset, options, total)
+
+
+def _plan(resolved: Resolved, dataset: Dataset, options: BuildOptions) -> Plan:
+    return make_plan(
+        resolved, dataset, limit=options.limit, shard_range=options.shards, redo_stale=options.redo_stale,
+        only_labels=options.only_labels or (),
+        only_tokens=() if options.only_labels is not None else options.only_tokens,
+    )
+
+
+def _say_plan(plan: Plan) -> None:
+    if plan.vanished:
+        say(f"{plan.vanished} committed rows are no longer in the source; what is finished stays as it is")
+    stale = {name: len(s.stale) for name, s in plan.states.items() if s.stale}
+    for name, count in stale.items():
+        say(f"{name}: {count} shards were made with another recipe; --redo-stale makes them again")
+
+
+def _fit(resolved: Resolved, dataset: Dataset, options: BuildOptions, stage: Stage, total: EngineReport) -> None:
+    """Label the fit set, keep those labels, and fit the tokenizers that are missing."""
+    whole = _plan(resolved, dataset, options)
+    chosen = fit_shards(resolved, whole.shards)
+    names = tuple(n for n in resolved.unfitted() if needs_labels(resolved.wanted[n]))
+    plan = make_plan(resolved, dataset, only_labels=names, only_tokens=(), only_shards=chosen)
+    _remember_run(dataset, resolved, whole)
+    _run(resolved, dataset, plan, "Label the fit set", stage, total)
+    missing = make_plan(resolved, dataset, only_labels=names, only_tokens=(), only_shards=chosen).jobs
+    if missing:
+        why = next(iter(total.parked.values()), "see the parked shards")
+        raise WorkMissing(f"{len(missing)} of {len(chosen)} shards of the fit set have no labels: {why}")
+    _check_readable(dataset)
+    with progress("Fit tokenizers", "steps") as advance:
+
+        def on_fit(name: str, done: int, steps: int, figures: dict[str, Any]) -> None:
+            loss = figures.get("loss")
+            advance(done, steps, f"{name}" + (f" loss {loss:.3f}" if isinstance(loss, float) else ""))
+
+        stage("Fit tokenizers", lambda: fit_tokenizers(resolved, dataset, sorted(chosen), on_fit))
+
+
+def _run(
+    resolved: Resolved, dataset: Dataset, plan: Plan, title: str, stage: Stage, total: EngineReport
+) -> None:
+    if not plan.jobs:
+        return
+    with progress(title, "images") as advance:
+        report: EngineReport = stage(
+            title,
+            lambda: run_jobs(
+                resolved, plan.jobs, sum(plan.shards.values()), plan.shards,
+                lambda done, rows: advance(done, rows, ""),
+            ),
+        )
+    attempt = secrets.token_hex(4)
+    recipes = resolved.token_recipes()
+    for (column, shard), why in report.parked.items():
+        recipe = resolved.samples_recipe if column == SAMPLES else recipes.get(column)
+        recipe = recipe or resolved.wanted[column].label_recipe
+        dataset.park(column, recipe.short, shard, attempt, why)
+    total.rows += report.rows
+    total.parked |= report.parked
+    for phase, seconds in report.seconds.items():
+        total.seconds[phase] = total.seconds.get(phase, 0.0) + seconds
+
+
+def _finish(resolved: Resolved, dataset: Dataset, options: BuildOptions, total: EngineReport) -> BuildResult:
+    _check_readable(dataset)
+    result = BuildResult(status(dataset), total.rows, total.seconds)
+    if total.parked:
+        (column, shard), why = next(iter(total.parked.items()))
+        raise WorkMissing(
+            f"{len(total.parked)} column shards were set aside, such as {column} shard {shard}: {why}; "
+            "the same command tries them again"
+        )
+    stale = sum(m.stale for m in result.status.modalities.values())
+    if stale and options.only_labels is None and not options.fit_only:
+        raise WorkMissing(f"{stale} column shards are stale (another recipe made them); --redo-stale makes them again")
+    return result
+
+
+def _check_readable(dataset: Dataset) -> None:
+    """A source none of whose images can be read is a wrong source, not a finished dataset."""
+    short = dataset.samples_recipe()
+    receipts = dataset.receipts(SAMPLES, short).values() if short else []
+    if receipts and not any(receipt.present for receipt in receipts):
+        reasons = sorted({reason for receipt in receipts for reason in receipt.absent})
+        raise SourceError(f"the source {dataset.identity['source']} has no readable image ({', '.join(reasons)})")
+
+
+def _add_given_tokenizers(resolved: Resolved, dataset: Dataset) -> None:
+    from pathlib import Path
+
+    for name, wanted in resolved.wanted.items():
+        if wanted.tokenizer_folder is not None:
+            dataset.add_tokenizer(name, Path(wanted.tokenizer_folder))
+
+
+def _remember_run(dataset: Dataset, resolved: Resolved, plan: Plan) -> None:
+    """runs/<id>.yaml: what was asked for, from which `status` derives what is missing."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    recipes: dict[str, Any] = dict.fromkeys(resolved.wanted)
+    recipes |= {name: {"kind": r.kind, **r.content} for name, r in resolved.token_recipes().items()}
+    content = {
+        "fourmill": __version__,
+        "config": resolved.config.model_dump(mode="json"),
+        "recipes": recipes,
+        "shards": {str(shard): rows for shard, rows in plan.shards.items()},
+    }
+    dataset.store.put(f"runs/{now}-{secrets.token_hex(3)}.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM stops a run the way Ctrl-C does: in good order, with exit status 3."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def pilot_options(limit: int | None, shards: Sequence[int] | None) -> dict[str, Any]:
+    return {"limit": limit, "shards": tuple(shards) if shards else None}
