@@ -77,7 +77,11 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
 
 def _plan(resolved: Resolved, dataset: Dataset, options: BuildOptions) -> Plan:
     return make_plan(
-        resolved, dataset, limit=options.limit, shard_range=options.shards, redo_stale=options.redo_stale,
+        resolved,
+        dataset,
+        limit=options.limit,
+        shard_range=options.shards,
+        redo_stale=options.redo_stale,
         only_labels=options.only_labels or (),
         only_tokens=() if options.only_labels is not None else options.only_tokens,
     )
@@ -91,7 +95,9 @@ def _say_plan(plan: Plan) -> None:
         say(f"{name}: {count} shards were made with another recipe; --redo-stale makes them again")
 
 
-def _fit(resolved: Resolved, dataset: Dataset, options: BuildOptions, stage: Stage, total: EngineReport) -> None:
+def _fit(
+    resolved: Resolved, dataset: Dataset, options: BuildOptions, stage: Stage, total: EngineReport
+) -> None:
     """Label the fit set, keep those labels, and fit the tokenizers that are missing."""
     whole = _plan(resolved, dataset, options)
     chosen = fit_shards(resolved, whole.shards)
@@ -122,7 +128,10 @@ def _run(
         report: EngineReport = stage(
             title,
             lambda: run_jobs(
-                resolved, plan.jobs, sum(plan.shards.values()), plan.shards,
+                resolved,
+                plan.jobs,
+                sum(plan.shards.values()),
+                plan.shards,
                 lambda done, rows: advance(done, rows, ""),
             ),
         )
@@ -149,7 +158,9 @@ def _finish(resolved: Resolved, dataset: Dataset, options: BuildOptions, total: 
         )
     stale = sum(m.stale for m in result.status.modalities.values())
     if stale and options.only_labels is None and not options.fit_only:
-        raise WorkMissing(f"{stale} column shards are stale (another recipe made them); --redo-stale makes them again")
+        raise WorkMissing(
+            f"{stale} column shards are stale (another recipe made them); --redo-stale makes them again"
+        )
     return result
 
 
@@ -159,7 +170,9 @@ def _check_readable(dataset: Dataset) -> None:
     receipts = dataset.receipts(SAMPLES, short).values() if short else []
     if receipts and not any(receipt.present for receipt in receipts):
         reasons = sorted({reason for receipt in receipts for reason in receipt.absent})
-        raise SourceError(f"the source {dataset.identity['source']} has no readable image ({', '.join(reasons)})")
+        raise SourceError(
+            f"the source {dataset.identity['source']} has no readable image ({', '.join(reasons)})"
+        )
 
 
 def _add_given_tokenizers(resolved: Resolved, dataset: Dataset) -> None:
@@ -181,7 +194,9 @@ def _remember_run(dataset: Dataset, resolved: Resolved, plan: Plan) -> None:
         "recipes": recipes,
         "shards": {str(shard): rows for shard, rows in plan.shards.items()},
     }
-    dataset.store.put(f"runs/{now}-{secrets.token_hex(3)}.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+    dataset.store.put(
+        f"runs/{now}-{secrets.token_hex(3)}.yaml", yaml.safe_dump(content, sort_keys=False).encode()
+    )
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import typer
 from fourmill.errors import FourmillError
 from fourmill.flows.progress import console, errors
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
 
 
 @app.callback()

@@ -50,7 +50,12 @@ class _RunnerActor:
     """A Runner inside a Ray actor; its calls go to the specialists' actors, least busy first."""
 
     def __init__(
-        self, config: Config, wanted: dict[str, Wanted], groups: list[list[Any]], environment: dict[str, Any], rows: int
+        self,
+        config: Config,
+        wanted: dict[str, Wanted],
+        groups: list[list[Any]],
+        environment: dict[str, Any],
+        rows: int,
     ) -> None:
         self._groups = groups
         self._busy: dict[Any, int] = {}
@@ -75,7 +80,9 @@ class _RunnerActor:
             for attempt in range(1, CALL_ATTEMPTS + 1):
                 try:
                     return ray.get(future)
-                except ray.exceptions.RayActorError:  # it died or is restarting: another one takes the micro-batch
+                except (
+                    ray.exceptions.RayActorError
+                ):  # it died or is restarting: another one takes the micro-batch
                     if attempt == CALL_ATTEMPTS:
                         raise
                 finally:
@@ -86,7 +93,9 @@ class _RunnerActor:
 
         return Call(result)
 
-    def _send(self, group: int, reference: Any, labels: Sequence[str], tokens: Sequence[str]) -> tuple[Any, Any]:
+    def _send(
+        self, group: int, reference: Any, labels: Sequence[str], tokens: Sequence[str]
+    ) -> tuple[Any, Any]:
         """To the least busy specialist of the group."""
         actor = min(self._groups[group], key=lambda a: self._busy.get(a, 0))
         self._busy[actor] = self._busy.get(actor, 0) + 1
@@ -116,9 +125,13 @@ def ray_session(config: Config) -> Iterator[None]:
     if address == "local":
         options["object_store_memory"] = 512 * 2**20
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=False, configure_logging=False, **options)
+        ray.init(
+            address=address, logging_level="ERROR", log_to_driver=False, configure_logging=False, **options
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"engine.address: cannot reach Ray at {address!r}: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"engine.address: cannot reach Ray at {address!r}: {' '.join(str(error).split())}"
+        ) from error
     try:
         yield
     finally:
@@ -138,7 +151,10 @@ class Pool:
         replicas = config.engine.replicas or self._default_replicas(config, len(groups))
         gpus = config.engine.gpus_per_actor if self._device == "cuda" else 0
         remote = ray.remote(Specialist).options(
-            num_cpus=1 if self._device == "cpu" else 0, num_gpus=gpus, max_restarts=-1, max_task_retries=0,
+            num_cpus=1 if self._device == "cpu" else 0,
+            num_gpus=gpus,
+            max_restarts=-1,
+            max_task_retries=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}} if self._device == "cpu" else None,
         )
         hosted = [[resolved.wanted[name] for name in resolved.closure(group)] for group in groups]
@@ -146,10 +162,15 @@ class Pool:
             [remote.remote(config.dataset, group, config.image_size, self._device) for _ in range(replicas)]
             for group in hosted
         ]
-        environments = unwrapped(lambda: ray.get([a.ready.remote() for group in self.specialists for a in group]))
-        runner = ray.remote(_RunnerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=2)
+        environments = unwrapped(
+            lambda: ray.get([a.ready.remote() for group in self.specialists for a in group])
+        )
+        runner = ray.remote(_RunnerActor).options(
+            num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=2
+        )
         self.runners = [
-            runner.remote(config, self._wanted, self.specialists, environments[0], rows_total) for _ in range(runners)
+            runner.remote(config, self._wanted, self.specialists, environments[0], rows_total)
+            for _ in range(runners)
         ]
 
     def _default_replicas(self, config: Config, groups: int) -> int:
@@ -185,7 +206,12 @@ def run_jobs(
 
 
 def _drive(
-    pool: Pool, config: Config, jobs: list[Job], rows_of: dict[int, int], report: EngineReport, on_progress: OnProgress
+    pool: Pool,
+    config: Config,
+    jobs: list[Job],
+    rows_of: dict[int, int],
+    report: EngineReport,
+    on_progress: OnProgress,
 ) -> None:
     import ray
 

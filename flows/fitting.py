@@ -41,14 +41,24 @@ def fit_tokenizers(resolved: Resolved, dataset: Dataset, shards: Sequence[int], 
         if needs_labels(wanted):
             train, held_out = _labels(resolved, dataset, wanted, shards)
             if not train:
-                raise SourceError(f"modalities.{name}.tokenizer: the fit set has no label of {name} to fit it on")
+                raise SourceError(
+                    f"modalities.{name}.tokenizer: the fit set has no label of {name} to fit it on"
+                )
         if name in texts:
-            options |= {"vocabulary": vocabulary} if vocabulary else _vocabulary_options(resolved, dataset, shards, options)
+            options |= (
+                {"vocabulary": vocabulary}
+                if vocabulary
+                else _vocabulary_options(resolved, dataset, shards, options)
+            )
         elif needs_labels(wanted):
             options = {**resolved.config.fit.model_dump(), "seed": resolved.config.seed, **options}
         with tempfile.TemporaryDirectory(prefix="fourmill-fit-") as scratch:
             folder = fit_codec(
-                wanted.modality, train, held_out, image_size=resolved.config.image_size, options=options,
+                wanted.modality,
+                train,
+                held_out,
+                image_size=resolved.config.image_size,
+                options=options,
                 out=Path(scratch) / name,
                 progress=lambda done, total, figures, name=name: on_fit(name, done, total, figures),  # type: ignore[misc]
             )
@@ -85,7 +95,9 @@ def _labels(
         table = dataset.samples(shard)
         status, split = table["status"].to_pylist(), table["split"].to_pylist()
         crops = table["crops"].combine_chunks().values.to_numpy().reshape(table.num_rows, -1, 5)
-        sizes = np.stack([table["height"].fill_null(0).to_numpy(), table["width"].fill_null(0).to_numpy()], axis=1)
+        sizes = np.stack(
+            [table["height"].fill_null(0).to_numpy(), table["width"].fill_null(0).to_numpy()], axis=1
+        )
         receipt = dataset.receipt(wanted.name, wanted.label_recipe.short, shard)
         labels = read_labels(dataset.store.read(receipt.file), wanted.modality)
         for row, label in sorted(labels.items()):

@@ -56,7 +56,9 @@ class Plan:
     problems: list[str] = field(default_factory=list)
 
 
-def column_state(dataset: Dataset | None, name: str, recipe: Recipe | None, shards: Sequence[int]) -> ColumnState:
+def column_state(
+    dataset: Dataset | None, name: str, recipe: Recipe | None, shards: Sequence[int]
+) -> ColumnState:
     """Compare one column's receipts with the wanted recipe: a listing per recipe folder."""
     if dataset is None:
         return ColumnState(frozenset(), frozenset(), frozenset())
@@ -99,13 +101,16 @@ def make_plan(
         chosen &= only_shards
     recipes = resolved.token_recipes()
     tokens = [n for n in resolved.wanted if n in recipes and (only_tokens is None or n in only_tokens)]
-    states = {name: column_state(dataset, name, recipes.get(name), sorted(chosen)) for name in resolved.wanted}
+    states = {
+        name: column_state(dataset, name, recipes.get(name), sorted(chosen)) for name in resolved.wanted
+    }
     keep = {n: w.label_recipe for n, w in resolved.wanted.items() if n in only_labels or w.keep_labels}
     kept = {n: dataset.finished(n, r.short) if dataset else set() for n, r in keep.items()}
     jobs = []
     for shard in sorted(chosen):
         todo = tuple(
-            n for n in tokens
+            n
+            for n in tokens
             if shard not in states[n].finished and (redo_stale or shard not in states[n].stale)
         )
         labels = tuple(n for n in resolved.wanted if n in keep and shard not in kept[n])
@@ -124,7 +129,9 @@ def _choose(
     if shard_range is not None:
         chosen = frozenset(shard for shard in rows_of if shard_range[0] <= shard < shard_range[1])
         if not chosen:
-            raise ConfigError(f"--shards {shard_range[0]}:{shard_range[1]}: the source makes shards 0 to {len(rows_of) - 1}")
+            raise ConfigError(
+                f"--shards {shard_range[0]}:{shard_range[1]}: the source makes shards 0 to {len(rows_of) - 1}"
+            )
         return chosen
     return frozenset(rows_of)
 
@@ -137,7 +144,9 @@ def _allot(resolved: Resolved, dataset: Dataset | None) -> tuple[Allotment, dict
     receipts = {}
     if dataset is not None and (short := dataset.samples_recipe()) is not None:
         if short != resolved.samples_recipe.short:
-            raise ConfigError(f"{dataset.url}: its samples were made by another version of fourmill; use another `dataset:`")
+            raise ConfigError(
+                f"{dataset.url}: its samples were made by another version of fourmill; use another `dataset:`"
+            )
         receipts = dataset.receipts(SAMPLES, short)
     committed = {shard: receipt.rows for shard, receipt in receipts.items()}
     if receipts:
@@ -166,7 +175,10 @@ def _allot(resolved: Resolved, dataset: Dataset | None) -> tuple[Allotment, dict
         while number in committed:
             number += 1
         part = fresh[start : start + size]
-        new[number] = (tuple(row for row, _ in part), frozenset(i for i, (_, twice) in enumerate(part) if twice))
+        new[number] = (
+            tuple(row for row, _ in part),
+            frozenset(i for i, (_, twice) in enumerate(part) if twice),
+        )
         number += 1
     return new, committed, sum(frozen.values()), True
 

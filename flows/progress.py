@@ -42,7 +42,9 @@ class _Lines:
             return
         rate = (done - self._first) / max(now - self._started, 1e-6)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-        console.print(f"{self._title}: {done}/{total} {self._unit}, {rate:.1f}/s{left} {note}", highlight=False)
+        console.print(
+            f"{self._title}: {done}/{total} {self._unit}, {rate:.1f}/s{left} {note}", highlight=False
+        )
         self._shown = float("inf") if done >= total else now
 
 
@@ -53,8 +55,14 @@ def progress(title: str, unit: str) -> Iterator[Advance]:
         yield _Lines(title, unit)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, rate="", note="")

@@ -68,13 +68,20 @@ class Resolved:
         """What dataset.yaml says: it can never change."""
         c = self.config
         return {
-            "seed": c.seed, "shard_size": c.shard_size, "n_crops": c.n_crops, "val_fraction": c.val_fraction,
-            "decode": c.decode.model_dump(), "source": self.source.identity(),
+            "seed": c.seed,
+            "shard_size": c.shard_size,
+            "n_crops": c.n_crops,
+            "val_fraction": c.val_fraction,
+            "decode": c.decode.model_dump(),
+            "source": self.source.identity(),
         }
 
     @property
     def samples_recipe(self) -> Recipe:
-        return Recipe("samples", {**self.identity, "crop_rule": crops.CROP_RULE_VERSION, "decode_version": DECODE_VERSION})
+        return Recipe(
+            "samples",
+            {**self.identity, "crop_rule": crops.CROP_RULE_VERSION, "decode_version": DECODE_VERSION},
+        )
 
     def token_recipes(self) -> dict[str, Recipe]:
         return {n: r for n, w in self.wanted.items() if (r := w.token_recipe()) is not None}
@@ -119,7 +126,9 @@ def resolve(config: Config) -> Resolved:
 def _labeler_of(name: str, entry: ModalityConfig) -> str | None:
     if name in SOURCE_MODALITIES:
         if entry.labeler is not None:
-            raise ConfigError(f"modalities.{name}.labeler: {name} comes from the source itself; remove the key")
+            raise ConfigError(
+                f"modalities.{name}.labeler: {name} comes from the source itself; remove the key"
+            )
         return None
     if entry.labeler is None and name not in labelers:
         known = [*SOURCE_MODALITIES, *(cls.modality.name for _, cls in labelers.items())]
@@ -136,7 +145,9 @@ def _ordered(config: Config) -> Iterator[str]:
             return
         entry = config.modalities.get(name)
         if entry is None:
-            raise ConfigError(f"modalities.{wanted_by}: its labeler needs the labels of {name!r}; add `{name}: {{}}`")
+            raise ConfigError(
+                f"modalities.{wanted_by}: its labeler needs the labels of {name!r}; add `{name}: {{}}`"
+            )
         labeler = _labeler_of(name, entry)
         for upstream in labelers.get(labeler).inputs if labeler else ():
             if upstream.startswith("label:"):
@@ -151,37 +162,70 @@ def _ordered(config: Config) -> Iterator[str]:
 def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]) -> Wanted:
     entry = config.modalities[name]
     labeler_name = _labeler_of(name, entry)
-    crop_rule = {"version": crops.CROP_RULE_VERSION, "n_crops": config.n_crops, "image_size": config.image_size}
+    crop_rule = {
+        "version": crops.CROP_RULE_VERSION,
+        "n_crops": config.n_crops,
+        "image_size": config.image_size,
+    }
     decode = {**config.decode.model_dump(), "version": DECODE_VERSION}
     if labeler_name is None:
         for key in (*entry.options, *(k for k in ("model", "revision") if getattr(entry, k) is not None)):
-            raise ConfigError(f"modalities.{name}.{key}: unknown key{nearest(key, ['keep_labels', 'tokenizer'])}")
+            raise ConfigError(
+                f"modalities.{name}.{key}: unknown key{nearest(key, ['keep_labels', 'tokenizer'])}"
+            )
         modality = SOURCE_MODALITIES[name]
         content: dict[str, Any] = {"labeler": "source", "modality": name, "version": 1}
         if modality.contract.form == "image":
             content["decode"] = decode
         return Wanted(
-            name, modality, None, None, Recipe("label", content), crop_rule, entry.keep_labels, None, (), False, False
+            name,
+            modality,
+            None,
+            None,
+            Recipe("label", content),
+            crop_rule,
+            entry.keep_labels,
+            None,
+            (),
+            False,
+            False,
         )
     settings = LabelerSettings(
-        modality=name, model=entry.model, revision=entry.revision, precision=entry.precision,
-        image_size=config.image_size, options=entry.options,
+        modality=name,
+        model=entry.model,
+        revision=entry.revision,
+        precision=entry.precision,
+        image_size=config.image_size,
+        options=entry.options,
     )
     labeler = labelers.get(labeler_name)(settings)
     modality = labeler.describe()
     if modality.name != name:
-        raise ConfigError(f"modalities.{name}.labeler: labeler {labeler_name!r} makes {modality.name!r}, not {name!r}")
+        raise ConfigError(
+            f"modalities.{name}.labeler: labeler {labeler_name!r} makes {modality.name!r}, not {name!r}"
+        )
     needs_truth = "truth" in labeler.inputs
     if needs_truth and not source.has_truth:
-        raise ConfigError(f"modalities.{name}.labeler: {labeler_name!r} needs a source with ground truth, such as scenes")
+        raise ConfigError(
+            f"modalities.{name}.labeler: {labeler_name!r} needs a source with ground truth, such as scenes"
+        )
     upstream = labeler.upstream_modalities()
     content = {**labeler.recipe(), "labeler": labeler_name, "modality": name, "decode": decode}
     content["inputs"] = {up: before[up].label_recipe.hash for up in upstream}
     if labeler.sees == "crops":
         content["crops"] = crop_rule
     return Wanted(
-        name, modality, labeler_name, settings, Recipe("label", content), crop_rule, entry.keep_labels,
-        entry.batch_size, upstream, labeler.sees == "crops", needs_truth,
+        name,
+        modality,
+        labeler_name,
+        settings,
+        Recipe("label", content),
+        crop_rule,
+        entry.keep_labels,
+        entry.batch_size,
+        upstream,
+        labeler.sees == "crops",
+        needs_truth,
     )
 
 
@@ -192,7 +236,9 @@ def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:
         if given.options:
             key = next(iter(given.options))
             raise ConfigError(f"modalities.{wanted.name}.tokenizer.{key}: no such key beside a given `model`")
-        checkpoint = resolve_checkpoint(given.model, given.revision, f"modalities.{wanted.name}.tokenizer.model")
+        checkpoint = resolve_checkpoint(
+            given.model, given.revision, f"modalities.{wanted.name}.tokenizer.model"
+        )
         if checkpoint.folder is None:
             raise ConfigError(
                 f"modalities.{wanted.name}.tokenizer.model: tokenizers are read from folders; {given.model!r} is a hub id"
@@ -213,7 +259,9 @@ def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:
 def use_tokenizer(wanted: Wanted, folder: Path, image_size: int) -> Wanted:
     """The modality with this tokenizer: loads it, so that a wrong one is refused before any work."""
     codec = load_codec(folder, wanted.modality, image_size)
-    return replace(wanted, modality=codec.modality, tokenizer_folder=str(folder), tokenizer=codec_hash(folder))
+    return replace(
+        wanted, modality=codec.modality, tokenizer_folder=str(folder), tokenizer=codec_hash(folder)
+    )
 
 
 def fit_origin(wanted: Wanted, config: Config) -> dict[str, Any]:
@@ -222,7 +270,12 @@ def fit_origin(wanted: Wanted, config: Config) -> dict[str, Any]:
     options = config.modalities[wanted.name].tokenizer.options
     if not codecs.get(wanted.modality.codec).needs_fit:
         fit = {}
-    return {"label_recipe": wanted.label_recipe.hash, "options": options, "fit": fit, "crops": wanted.crop_rule}
+    return {
+        "label_recipe": wanted.label_recipe.hash,
+        "options": options,
+        "fit": fit,
+        "crops": wanted.crop_rule,
+    }
 
 
 def recipe_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -239,4 +292,14 @@ def recipe_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
-__all__ = ["COMMON_KEYS", "ORIGIN", "SHORT", "Resolved", "Wanted", "fit_origin", "recipe_diff", "resolve", "use_tokenizer"]
+__all__ = [
+    "COMMON_KEYS",
+    "ORIGIN",
+    "SHORT",
+    "Resolved",
+    "Wanted",
+    "fit_origin",
+    "recipe_diff",
+    "resolve",
+    "use_tokenizer",
+]

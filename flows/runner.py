@@ -69,14 +69,20 @@ class JobReport:
 class Runner:
     """Runs jobs one at a time."""
 
-    def __init__(self, config: Config, wanted: Mapping[str, Wanted], submit: Submit, environment: dict[str, Any]) -> None:
+    def __init__(
+        self, config: Config, wanted: Mapping[str, Wanted], submit: Submit, environment: dict[str, Any]
+    ) -> None:
         source = make_source(config.source.kind, **config.source.options)
         self._resolved = Resolved(config, source, dict(wanted))
         self._source: Source = source
         self._submit = submit
         self._environment = {
-            "fourmill": __version__, "python": platform.python_version(), "numpy": np.__version__,
-            "pyarrow": pa.__version__, "batch_size": config.engine.batch_size, **environment,
+            "fourmill": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+            "batch_size": config.engine.batch_size,
+            **environment,
         }
         self._dataset = Dataset(config.dataset)
         self._groups = self._resolved.groups()
@@ -88,7 +94,9 @@ class Runner:
     def run(self, job: Job) -> JobReport:
         """Make and commit the job's columns. Raises what failed the attempt; commits nothing partial."""
         started = time.perf_counter()
-        report = JobReport(job.shard, seconds={"decode": 0.0, "wait": 0.0, "forward": 0.0, "tokenize": 0.0, "write": 0.0})
+        report = JobReport(
+            job.shard, seconds={"decode": 0.0, "wait": 0.0, "forward": 0.0, "tokenize": 0.0, "write": 0.0}
+        )
         frozen = None if job.rows is not None else self._dataset.samples(job.shard)
         rows = job.rows if job.rows is not None else _rows_of(frozen)
         given = self._kept_labels(job, rows)
@@ -114,8 +122,13 @@ class Runner:
     # -- reading and decoding ------------------------------------------------------------------------
 
     def _micro_batches(
-        self, job: Job, rows: Sequence[Row], frozen: pa.Table | None, given: dict[str, dict[int, Label]],
-        content: _ShardContent, report: JobReport,
+        self,
+        job: Job,
+        rows: Sequence[Row],
+        frozen: pa.Table | None,
+        given: dict[str, dict[int, Label]],
+        content: _ShardContent,
+        report: JobReport,
     ) -> Iterator[tuple[int, MicroBatch]]:
         size = self._resolved.config.engine.batch_size
         needs_pixels = bool(job.labels or job.tokens) or frozen is None
@@ -141,7 +154,9 @@ class Runner:
             return [None if s == OK else s for s in status]
         return [DUPLICATE if start + i in job.duplicates else None for i in range(count)]
 
-    def _decode(self, part: Sequence[Row], skip: Sequence[str | None]) -> list[tuple[Frame | str, tuple[str, ...]]]:
+    def _decode(
+        self, part: Sequence[Row], skip: Sequence[str | None]
+    ) -> list[tuple[Frame | str, tuple[str, ...]]]:
         """(frame or reason, captions) per row. I/O errors are raised: they fail the attempt, not the sample."""
         live = [row for row, why in zip(part, skip, strict=True) if why is None]
         raw = iter(list(self._source.read(live)))
@@ -161,8 +176,12 @@ class Runner:
         return [next(done) if why is None else (why, ()) for why in skip]
 
     def _batch(
-        self, part: Sequence[Row], decoded: Sequence[tuple[Frame | str, tuple[str, ...]]], frozen: pa.Table | None,
-        start: int, given: dict[str, dict[int, Label]],
+        self,
+        part: Sequence[Row],
+        decoded: Sequence[tuple[Frame | str, tuple[str, ...]]],
+        frozen: pa.Table | None,
+        start: int,
+        given: dict[str, dict[int, Label]],
     ) -> MicroBatch:
         """Fill up to the fixed batch shape with blanks; rows that were set aside are blank too."""
         config = self._resolved.config
@@ -185,7 +204,8 @@ class Runner:
             if self._truth:
                 truth[i] = self._source.truth(row.key)
         kept = {
-            name: [labels.get(start + i, Absent("blank")) for i in range(size)] for name, labels in given.items()
+            name: [labels.get(start + i, Absent("blank")) for i in range(size)]
+            for name, labels in given.items()
         }
         return MicroBatch(keys, frames, present, sizes, crops, captions, truth, kept)
 
@@ -197,8 +217,12 @@ class Runner:
             if job.shard in self._dataset.finished(name, recipe.short):
                 receipt = self._dataset.receipt(name, recipe.short, job.shard)
                 if receipt.keys != keys_digest(row.key for row in rows):
-                    raise DatasetError(f"{receipt.file}: its keys are not those of the shard; remove its receipt")
-                given[name] = read_labels(self._dataset.store.read(receipt.file), self._resolved.wanted[name].modality)
+                    raise DatasetError(
+                        f"{receipt.file}: its keys are not those of the shard; remove its receipt"
+                    )
+                given[name] = read_labels(
+                    self._dataset.store.read(receipt.file), self._resolved.wanted[name].modality
+                )
         return given
 
     def _take(self, content: _ShardContent, item: tuple[int, Call], report: JobReport) -> None:
@@ -213,15 +237,30 @@ class Runner:
     # -- committing ----------------------------------------------------------------------------------
 
     def _commit(
-        self, job: Job, rows: Sequence[Row], frozen: pa.Table | None, content: _ShardContent, report: JobReport
+        self,
+        job: Job,
+        rows: Sequence[Row],
+        frozen: pa.Table | None,
+        content: _ShardContent,
+        report: JobReport,
     ) -> None:
         """Samples first, then each column: data file, then receipt."""
         keys = keys_digest(row.key for row in rows)
         if frozen is None:
             status = content.samples.column("status").to_pylist()
             reasons = [None if s == OK else s for s in status]
-            self._write(SAMPLES, self._resolved.samples_recipe, job.shard, keys, reasons, SAMPLES,
-                        write_table(content.samples), "arrow", report, None)
+            self._write(
+                SAMPLES,
+                self._resolved.samples_recipe,
+                job.shard,
+                keys,
+                reasons,
+                SAMPLES,
+                write_table(content.samples),
+                "arrow",
+                report,
+                None,
+            )
             if job.shard not in self._dataset.finished(SAMPLES, self._resolved.samples_recipe.short):
                 raise DatasetError(f"{self._dataset.url}: the receipt of samples {job.shard} did not appear")
         else:
@@ -230,8 +269,18 @@ class Runner:
             wanted = self._resolved.wanted[name]
             labels = [Absent(s) if s != OK else v for s, v in zip(status, content.labels[name], strict=True)]
             data = write_labels([row.key for row in rows], labels, wanted.modality)
-            self._write(name, wanted.label_recipe, job.shard, keys, _reasons(labels), f"labels/{name}", data, "tar",
-                        report, wanted)
+            self._write(
+                name,
+                wanted.label_recipe,
+                job.shard,
+                keys,
+                _reasons(labels),
+                f"labels/{name}",
+                data,
+                "tar",
+                report,
+                wanted,
+            )
         for name in [n for n in self._resolved.wanted if n in job.tokens]:
             wanted = self._resolved.wanted[name]
             cells = [Absent(s) if s != OK else v for s, v in zip(status, content.values[name], strict=True)]
@@ -239,12 +288,31 @@ class Runner:
             assert recipe is not None
             meta = {"recipe": recipe.hash, "tokenizer": wanted.tokenizer or ""}
             table = column_table(wanted.modality, cells, self._resolved.config.n_crops, meta)
-            self._write(name, recipe, job.shard, keys, _reasons(cells), f"tokens/{name}", write_table(table), "arrow",
-                        report, wanted)
+            self._write(
+                name,
+                recipe,
+                job.shard,
+                keys,
+                _reasons(cells),
+                f"tokens/{name}",
+                write_table(table),
+                "arrow",
+                report,
+                wanted,
+            )
 
     def _write(
-        self, column: str, recipe: Recipe, shard: int, keys: str, reasons: Sequence[str | None], folder: str,
-        data: bytes, ending: str, report: JobReport, wanted: Wanted | None,
+        self,
+        column: str,
+        recipe: Recipe,
+        shard: int,
+        keys: str,
+        reasons: Sequence[str | None],
+        folder: str,
+        data: bytes,
+        ending: str,
+        report: JobReport,
+        wanted: Wanted | None,
     ) -> None:
         engine = self._resolved.config.engine
         absent = absent_counts(reasons)
@@ -259,11 +327,21 @@ class Runner:
             return
         name = self._dataset.put_data(folder, shard, data, ending)
         receipt = Receipt(
-            column=column, recipe=recipe.hash, shard=shard, rows=len(reasons), absent=absent,
-            presence=pack_presence(np.array([r is None for r in reasons], bool)), keys=keys, file=name,
-            sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), dataset=self._dataset.digest,
-            source=self._source_facts() if column == SAMPLES else {}, provenance=_provenance(wanted),
-            environment=self._environment, timings={k: round(v, 4) for k, v in report.seconds.items()},
+            column=column,
+            recipe=recipe.hash,
+            shard=shard,
+            rows=len(reasons),
+            absent=absent,
+            presence=pack_presence(np.array([r is None for r in reasons], bool)),
+            keys=keys,
+            file=name,
+            sha256=hashlib.sha256(data).hexdigest(),
+            bytes=len(data),
+            dataset=self._dataset.digest,
+            source=self._source_facts() if column == SAMPLES else {},
+            provenance=_provenance(wanted),
+            environment=self._environment,
+            timings={k: round(v, 4) for k, v in report.seconds.items()},
         )
         (report.committed if self._dataset.commit(recipe, receipt) else report.lost_races).append(column)
 
@@ -288,7 +366,9 @@ class _ShardContent:
         """Remember sizes and captions for the samples table, not pixels."""
         if keep:
             for frame, captions in decoded:
-                self.decoded.append((frame if isinstance(frame, str) else (frame.width, frame.height), captions))
+                self.decoded.append(
+                    (frame if isinstance(frame, str) else (frame.width, frame.height), captions)
+                )
 
     def make_samples(self, rows: Sequence[Row], resolved: Resolved) -> None:
         config = resolved.config
@@ -312,11 +392,15 @@ def _check_unchanged(
     """A row that was readable when its shard was frozen must still be: otherwise the source has changed."""
     for row, why, (frame, _) in zip(part, skip, decoded, strict=bool(decoded)):
         if why is None and isinstance(frame, str):
-            raise DatasetError(f"source row {row.key!r} was readable when its shard was made and is now {frame!r}; restore it")
+            raise DatasetError(
+                f"source row {row.key!r} was readable when its shard was made and is now {frame!r}; restore it"
+            )
 
 
 def _rows_of(samples: pa.Table) -> list[Row]:
-    return [Row(k, p) for k, p in zip(samples["key"].to_pylist(), samples["position"].to_pylist(), strict=True)]
+    return [
+        Row(k, p) for k, p in zip(samples["key"].to_pylist(), samples["position"].to_pylist(), strict=True)
+    ]
 
 
 def _reasons(cells: Sequence[Any]) -> list[str | None]:

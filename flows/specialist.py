@@ -102,7 +102,9 @@ class Specialist:
         for name, wanted in self._group.items():
             if name in needed:
                 start = time.perf_counter()
-                made[name] = list(batch.given[name]) if name in batch.given else self._label(wanted, batch, made)
+                made[name] = (
+                    list(batch.given[name]) if name in batch.given else self._label(wanted, batch, made)
+                )
                 seconds["forward"] += time.perf_counter() - start
         values = {}
         for name in tokens:
@@ -120,7 +122,11 @@ class Specialist:
         assert self._labelers is not None
         labeler = self._labelers[wanted.name]
         whole = LabelBatch(
-            keys=batch.keys, frames=batch.frames, present=batch.present, captions=batch.captions, truth=batch.truth,
+            keys=batch.keys,
+            frames=batch.frames,
+            present=batch.present,
+            captions=batch.captions,
+            truth=batch.truth,
             crops=self._crop_images(batch) if wanted.sees_crops else None,
             upstream={up: made[up] for up in wanted.upstream},
         )
@@ -128,7 +134,9 @@ class Specialist:
         n_crops = batch.crops.shape[1] if wanted.sees_crops else 1
         out: list[Label] = []
         for start in range(0, len(batch.frames), size):
-            out.extend(labeler.label(_part(whole, start, size))[: min(size, len(batch.frames) - start) * n_crops])
+            out.extend(
+                labeler.label(_part(whole, start, size))[: min(size, len(batch.frames) - start) * n_crops]
+            )
         if len(out) != len(batch.frames) * n_crops:
             raise ContractError(
                 f"labeler {wanted.labeler!r} returned {len(out)} labels for {len(batch.frames) * n_crops} inputs"
@@ -137,7 +145,12 @@ class Specialist:
         rows = [row for row in range(len(batch.frames)) for _ in range(n_crops)]
         live = [i for i, row in enumerate(rows) if batch.present[row]]
         out = [_rounded(label, wanted.modality) for label in out]
-        check(wanted.modality, [out[i] for i in live], [frames[i] for i in live], [batch.keys[rows[i]] for i in live])
+        check(
+            wanted.modality,
+            [out[i] for i in live],
+            [frames[i] for i in live],
+            [batch.keys[rows[i]] for i in live],
+        )
         if not wanted.sees_crops:
             return out
         return [_stack(out[row * n_crops : (row + 1) * n_crops]) for row in range(len(batch.frames))]
@@ -161,9 +174,16 @@ class Specialist:
         for label, crops, size in zip(labels, batch.crops, batch.sizes, strict=True):
             for index, crop in enumerate(crops):
                 absent = isinstance(label, Absent)
-                cropped.append(blank if absent else crop_label(wanted.modality, label, index, crop, size, self._image_size))
+                cropped.append(
+                    blank
+                    if absent
+                    else crop_label(wanted.modality, label, index, crop, size, self._image_size)
+                )
         if wanted.modality.contract.form == "features":
-            shape = next((label.shape for label in cropped if isinstance(label, np.ndarray) and label.ndim == 3), (1, 1, 1))
+            shape = next(
+                (label.shape for label in cropped if isinstance(label, np.ndarray) and label.ndim == 3),
+                (1, 1, 1),
+            )
             cropped = [np.zeros(shape, np.float32) if label is blank else label for label in cropped]
         values = self._codecs[wanted.name].encode(cropped)
         return [
@@ -178,7 +198,9 @@ def crop_label(
     """The part of an image's label that belongs to its crop number ``index``."""
     contract = modality.contract
     if contract.form in ("map", "image"):
-        return crop_map(label, crop, _hw(size), image_size, contract.resample, contract.flip, contract.unit_norm)
+        return crop_map(
+            label, crop, _hw(size), image_size, contract.resample, contract.flip, contract.unit_norm
+        )
     if contract.form == "boxes":
         return crop_boxes(label, crop, _hw(size))
     if contract.form == "features":
@@ -233,8 +255,12 @@ def _part(batch: LabelBatch, start: int, size: int) -> LabelBatch:
         return [values[i] for i in index] if len(values) else []
 
     return LabelBatch(
-        keys=take(batch.keys), frames=take(batch.frames), present=batch.present[index], captions=take(batch.captions),
-        crops=None if batch.crops is None else batch.crops[index], truth=take(batch.truth),
+        keys=take(batch.keys),
+        frames=take(batch.frames),
+        present=batch.present[index],
+        captions=take(batch.captions),
+        crops=None if batch.crops is None else batch.crops[index],
+        truth=take(batch.truth),
         upstream={name: take(labels) for name, labels in batch.upstream.items()},
     )
 

@@ -42,7 +42,10 @@ class Status:
     def to_json(self) -> dict[str, Any]:
         fields = ModalityStatus.__dataclass_fields__
         return {
-            "samples": self.samples, "shards": self.shards, "complete": self.complete, "rejected": self.rejected,
+            "samples": self.samples,
+            "shards": self.shards,
+            "complete": self.complete,
+            "rejected": self.rejected,
             "modalities": {n: {f: getattr(m, f) for f in fields} for n, m in self.modalities.items()},
         }
 
@@ -67,14 +70,20 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
     if samples:
         reasons[SAMPLES] = _sum(receipt.absent for receipt in samples.values())
     for name, content in run["recipes"].items():
-        recipe = Recipe(content["kind"], {k: v for k, v in content.items() if k != "kind"}) if content else None
+        recipe = (
+            Recipe(content["kind"], {k: v for k, v in content.items() if k != "kind"}) if content else None
+        )
         state = column_state(dataset, name, recipe, list(shards))
-        receipts = {s: dataset.receipt(name, recipe.short, s) for s in sorted(state.finished)} if recipe else {}
+        receipts = (
+            {s: dataset.receipt(name, recipe.short, s) for s in sorted(state.finished)} if recipe else {}
+        )
         modalities[name] = _modality(state, receipts, len(shards))
         reasons[name] = _sum(receipt.absent for receipt in receipts.values())
         if recipe and state.parked:
             found = dataset.parked(name, recipe.short)
-            parked[name] = {s: dataset.parked_error(name, recipe.short, found[s]) for s in sorted(state.parked)}
+            parked[name] = {
+                s: dataset.parked_error(name, recipe.short, found[s]) for s in sorted(state.parked)
+            }
         for shard, receipt in receipts.items():
             if receipt.absent.keys() - NOT_A_FAULT:
                 bad |= {(shard, row) for row in _failed_rows(dataset, receipt)}
@@ -87,8 +96,12 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
 def _modality(state: ColumnState, receipts: dict[int, Receipt], shards: int) -> ModalityStatus:
     finished, stale, parked = len(state.finished), len(state.stale), len(state.parked - state.stale)
     return ModalityStatus(
-        finished=finished, pending=shards - finished - stale - parked, stale=stale, parked=parked,
-        rows=sum(r.rows for r in receipts.values()), absent=sum(r.rows - r.present for r in receipts.values()),
+        finished=finished,
+        pending=shards - finished - stale - parked,
+        stale=stale,
+        parked=parked,
+        rows=sum(r.rows for r in receipts.values()),
+        absent=sum(r.rows - r.present for r in receipts.values()),
         bytes=sum(r.bytes for r in receipts.values()),
     )
 

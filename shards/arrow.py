@@ -48,21 +48,32 @@ def read_table(source: bytes | str, where: str) -> pa.Table:
         with pa.memory_map(source) as stream:
             return pa.ipc.open_file(stream).read_all()
     except FileNotFoundError as error:
-        raise DatasetError(f"{where} is missing, though a receipt names it; remove that receipt and build") from error
+        raise DatasetError(
+            f"{where} is missing, though a receipt names it; remove that receipt and build"
+        ) from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DatasetError(f"{where} is damaged ({error}); remove it and its receipt, then build") from error
 
 
-def column_table(modality: Modality, cells: Sequence[Cell], n_crops: int, metadata: dict[str, str]) -> pa.Table:
+def column_table(
+    modality: Modality, cells: Sequence[Cell], n_crops: int, metadata: dict[str, str]
+) -> pa.Table:
     """The table of one shard of a modality: rows in shard order, nulls with reasons."""
     absent = np.array([isinstance(cell, Absent) for cell in cells], dtype=bool)
     mask = pa.array(absent)
     reasons = pa.array([cell.reason if isinstance(cell, Absent) else None for cell in cells], pa.string())
     value = _value_array(modality, cells, absent, mask, n_crops)
-    meta = {"name": modality.name, "kind": modality.kind, "n_crops": n_crops, "num_tokens": modality.num_tokens}
+    meta = {
+        "name": modality.name,
+        "kind": modality.kind,
+        "n_crops": n_crops,
+        "num_tokens": modality.num_tokens,
+    }
     schema = pa.schema(
         [pa.field("value", value.type), pa.field("reason", pa.string())],
-        metadata={"fourmill": json.dumps({**meta, "vocab_size": modality.vocab_size, **metadata}, sort_keys=True)},
+        metadata={
+            "fourmill": json.dumps({**meta, "vocab_size": modality.vocab_size, **metadata}, sort_keys=True)
+        },
     )
     return pa.Table.from_arrays([value, reasons], schema=schema)
 
@@ -88,7 +99,9 @@ def _value_array(
     else:
         lengths = np.array([len(value) for value in by_crop], np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        flat = np.concatenate([np.asarray(v, np.uint16) for v in by_crop]) if by_crop else np.zeros(0, np.uint16)
+        flat = (
+            np.concatenate([np.asarray(v, np.uint16) for v in by_crop]) if by_crop else np.zeros(0, np.uint16)
+        )
         inner = pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.uint16()))
     outer = pa.array(np.arange(len(cells) + 1, dtype=np.int32) * n_crops)
     return pa.ListArray.from_arrays(outer, inner, mask=mask)
@@ -128,9 +141,13 @@ def open_column(table: pa.Table, where: str) -> Column:
     try:
         meta = json.loads(table.schema.metadata[b"fourmill"])
     except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{where}: has no fourmill metadata; was it written by another program?") from error
+        raise DatasetError(
+            f"{where}: has no fourmill metadata; was it written by another program?"
+        ) from error
     table = table.combine_chunks()
-    value = table.column("value").chunk(0) if table.num_rows else pa.array([], table.schema.field("value").type)
+    value = (
+        table.column("value").chunk(0) if table.num_rows else pa.array([], table.schema.field("value").type)
+    )
     present = np.asarray(value.is_valid()).astype(bool)
     n_crops, reasons = int(meta["n_crops"]), table.column("reason")
     if meta["kind"] in ("grid", "vector", "embedding"):

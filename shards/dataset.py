@@ -127,7 +127,9 @@ class Dataset:
 
     def commit(self, recipe: Recipe, receipt: Receipt) -> bool:
         """Write the receipt unless there is one. False: somebody else was first, and theirs stands."""
-        self.store.put_if_absent(f"receipts/{receipt.column}/{recipe.short}/recipe.json", recipe.text.encode())
+        self.store.put_if_absent(
+            f"receipts/{receipt.column}/{recipe.short}/recipe.json", recipe.text.encode()
+        )
         return self.store.put_if_absent(
             receipt_name(receipt.column, recipe.short, receipt.shard), receipt.to_json().encode()
         )
@@ -171,7 +173,9 @@ class Dataset:
         receipt = self.receipt(modality, short, shard)
         samples = self.receipt(SAMPLES, str(self.samples_recipe()), shard)
         if receipt.keys != samples.keys:
-            raise DatasetError(f"{receipt.file}: its keys are not those of {samples.file}; rebuild that shard")
+            raise DatasetError(
+                f"{receipt.file}: its keys are not those of {samples.file}; rebuild that shard"
+            )
         return open_column(self.table(receipt.file), f"{self.url}/{receipt.file}")
 
     # -- tokenizers -----------------------------------------------------------------------------------
@@ -203,7 +207,9 @@ class Dataset:
 def check_keys(table: pa.Table, receipt: Receipt) -> None:
     """The key column of a samples table is the one that the receipt speaks of."""
     if keys_digest(table.column("key").to_pylist()) != receipt.keys:
-        raise DatasetError(f"{receipt.file}: the key column is not the one in its receipt; the file is damaged")
+        raise DatasetError(
+            f"{receipt.file}: the key column is not the one in its receipt; the file is damaged"
+        )
 
 
 def safe_name(name: str) -> str:
@@ -225,8 +231,13 @@ def modality_json(modality: Modality) -> dict[str, Any]:
     """What a snapshot remembers of a resolved modality."""
     contract = modality.contract
     return {
-        "name": modality.name, "kind": modality.kind, "codec": modality.codec, "vocab_size": modality.vocab_size,
-        "num_tokens": modality.num_tokens, "reference_name": modality.reference_name, "doc": modality.doc,
+        "name": modality.name,
+        "kind": modality.kind,
+        "codec": modality.codec,
+        "vocab_size": modality.vocab_size,
+        "num_tokens": modality.num_tokens,
+        "reference_name": modality.reference_name,
+        "doc": modality.doc,
         "contract": {name: getattr(contract, name) for name in contract.__slots__},
     }
 

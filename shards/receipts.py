@@ -92,7 +92,9 @@ class Receipt:
             version = body.pop("format")
             receipt = cls(**body)
         except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f"{where}: not a receipt ({error}); remove it and run the build again") from error
+            raise DatasetError(
+                f"{where}: not a receipt ({error}); remove it and run the build again"
+            ) from error
         if version != 1 or digest != sha256(canonical(body)):
             raise DatasetError(f"{where}: the receipt is damaged; remove it and run the build again")
         return receipt

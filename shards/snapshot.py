@@ -74,14 +74,22 @@ class Snapshot:
         """bool (rows,): readable and not held out."""
         table = self._samples(shard, ["split", "status"])
         return np.array(
-            [s == "train" and ok == "ok" for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)], bool
+            [
+                s == "train" and ok == "ok"
+                for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)
+            ],
+            bool,
         )
 
     def is_val(self, shard: int) -> np.ndarray:
         """bool (rows,): readable and held out from fitting and training."""
         table = self._samples(shard, ["split", "status"])
         return np.array(
-            [s == "val" and ok == "ok" for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)], bool
+            [
+                s == "val" and ok == "ok"
+                for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)
+            ],
+            bool,
         )
 
     def _samples(self, shard: int, columns: list[str]) -> Any:
@@ -112,19 +120,27 @@ class Snapshot:
                 continue
             for name, column in columns.items():
                 if column[index].keys != receipt.keys:
-                    raise DatasetError(f"shard {index}: {name} and samples disagree on the keys; rebuild {name}")
+                    raise DatasetError(
+                        f"shard {index}: {name} and samples disagree on the keys; rebuild {name}"
+                    )
             files = {SAMPLES: receipt, **{name: column[index] for name, column in columns.items()}}
             pinned = {name: {"file": r.file, "sha256": r.sha256} for name, r in files.items()}
             shards.append({"index": index, "rows": receipt.rows, "columns": pinned})
         if not shards:
-            raise WorkMissing(f"{dataset.url} has no shard that is finished in {', '.join(recipes)}; run the build again")
+            raise WorkMissing(
+                f"{dataset.url} has no shard that is finished in {', '.join(recipes)}; run the build again"
+            )
         content = {
             "format": 1,
             "dataset": dataset.digest,
             "image_size": image_size,
             "n_crops": dataset.identity["n_crops"],
             "modalities": {
-                name: {**modality_json(modalities[name]), "recipe": recipes[name], "tokenizer": tokenizers.get(name)}
+                name: {
+                    **modality_json(modalities[name]),
+                    "recipe": recipes[name],
+                    "tokenizer": tokenizers.get(name),
+                }
                 for name in sorted(recipes)
             },
             "shards": shards,
@@ -140,8 +156,12 @@ class Snapshot:
         dataset = Dataset(url)
         names = [n for n in dataset.store.names("snapshots") if n.startswith(digest or "")]
         if len(names) != 1:
-            what = f"{len(names)} snapshots match {digest!r}" if digest else f"there are {len(names)} snapshots"
-            raise DatasetError(f"{url}: {what}; name one of: {', '.join(n[:12] for n in names) or 'none registered'}")
+            what = (
+                f"{len(names)} snapshots match {digest!r}" if digest else f"there are {len(names)} snapshots"
+            )
+            raise DatasetError(
+                f"{url}: {what}; name one of: {', '.join(n[:12] for n in names) or 'none registered'}"
+            )
         raw = dataset.store.read(f"snapshots/{names[0]}")
         if sha256(raw) != names[0].removesuffix(".json"):
             raise DatasetError(f"{url}/snapshots/{names[0]} is damaged: it does not hash to its name")

@@ -41,7 +41,10 @@ class Checkpoint:
 
 def shipped_folder(name: str) -> Path:
     """``shipped:NAME``: a specialist in labelers/specialists or a tokenizer in tokenize/fitted."""
-    roots = [Path(str(files("fourmill.labelers") / "specialists")), Path(str(files("fourmill"))) / "tokenize" / "fitted"]
+    roots = [
+        Path(str(files("fourmill.labelers") / "specialists")),
+        Path(str(files("fourmill"))) / "tokenize" / "fitted",
+    ]
     for root in roots:
         if re.fullmatch(r"[a-z0-9_-]+(/[a-z0-9_-]+)?", name) and (root / name).is_dir():
             return root / name
@@ -57,7 +60,9 @@ def resolve(model: str, revision: str | None, where: str) -> Checkpoint:
     if path.is_dir():
         return _folder(path, where)
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"{where}: checkpoint folder {model!r} does not exist; give a folder or a hub id")
+        raise CheckpointError(
+            f"{where}: checkpoint folder {model!r} does not exist; give a folder or a hub id"
+        )
     if revision is None or not _COMMIT.fullmatch(revision):
         raise ConfigError(
             f"{where}: hub id {model!r} needs `revision:` with the 40-digit commit to pin (got {revision!r}); "

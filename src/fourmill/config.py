@@ -117,7 +117,9 @@ class Config(_Section):
         if isinstance(value, dict):
             for name in value:
                 if not NAME.fullmatch(str(name)):
-                    raise ValueError(f"{name!r} is not a modality name (lower case letters, digits, underscores)")
+                    raise ValueError(
+                        f"{name!r} is not a modality name (lower case letters, digits, underscores)"
+                    )
             return {name: entry or {} for name, entry in value.items()}
         return value
 

@@ -51,7 +51,10 @@ def _random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int
 
 
 def resize_map(
-    array: np.ndarray, size: tuple[int, int], resample: Resample, box: tuple[float, float, float, float] | None = None
+    array: np.ndarray,
+    size: tuple[int, int],
+    resample: Resample,
+    box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
     """Resize (H, W) or (H, W, C) to ``size`` = (height, width), reading only ``box`` = left, top, right, bottom.
 

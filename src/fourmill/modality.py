@@ -61,21 +61,41 @@ class Modality:
 
 
 IMAGE_CONTRACT = LabelContract(
-    form="image", dtype="uint8", channels=3, units="sRGB", low=0, high=255, resample="bicubic",
+    form="image",
+    dtype="uint8",
+    channels=3,
+    units="sRGB",
+    low=0,
+    high=255,
+    resample="bicubic",
     frame="rows from the top, columns from the left",
 )
 
 RGB = Modality(
-    name="rgb", kind="grid", contract=IMAGE_CONTRACT, codec="vqvae", reference_name="tok_rgb@{size}",
+    name="rgb",
+    kind="grid",
+    contract=IMAGE_CONTRACT,
+    codec="vqvae",
+    reference_name="tok_rgb@{size}",
     doc="the image itself, tokenized",
 )
 RGB_PIXELS = Modality(
-    name="rgb_pixels", kind="pixels", contract=IMAGE_CONTRACT, codec="pixels", reference_name="rgb@{size}",
+    name="rgb_pixels",
+    kind="pixels",
+    contract=IMAGE_CONTRACT,
+    codec="pixels",
+    reference_name="rgb@{size}",
     doc="the crop's pixels as image bytes: an input to the encoder, never a target",
 )
 CAPTION = Modality(
-    name="caption", kind="sequence", codec="text", reference_name="caption", num_tokens=256,
-    contract=LabelContract(form="text", dtype="str", flip="none", frame="the captions that came with the image"),
+    name="caption",
+    kind="sequence",
+    codec="text",
+    reference_name="caption",
+    num_tokens=256,
+    contract=LabelContract(
+        form="text", dtype="str", flip="none", frame="the captions that came with the image"
+    ),
     doc="the image's captions",
 )
 

@@ -74,7 +74,9 @@ class Store:
         else:
             self.fs.invalidate_cache()
             try:
-                entries = [str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self.path(folder), detail=False)]
+                entries = [
+                    str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self.path(folder), detail=False)
+                ]
             except FileNotFoundError:
                 return []
         return sorted(name for name in entries if name and not name.startswith("."))
