@@ -28,6 +28,7 @@ test-long: $(STAMP) ## run every test
 check: $(STAMP) ## lint and type-check
 	test ! -e tokenize/__init__.py
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 bench: $(STAMP) ## run the benchmarks
