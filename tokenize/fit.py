@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: Codebook sizes by preset and modality; other modalities take what ``""`` says.
 CODEBOOKS: dict[str, dict[str, int]] = {
     "4m": {"rgb": 16384, "depth": 8192, "normal": 8192, "semseg": 4096, "clip": 8192, "": 8192},
-    "demo": {"rgb": 1024, "depth": 512, "normal": 512, "semseg": 256, "clip": 512, "": 512},
+    "demo": {"rgb": 512, "depth": 256, "normal": 256, "semseg": 128, "clip": 256, "": 256},
 }
 
 _VOCABULARY_OPTIONS = ("vocabulary", "vocabulary_captions", "vocabulary_classes", "vocabulary_size")

@@ -29,7 +29,7 @@ TRAIN_COUNT, HELD_OUT_COUNT = 6_000, 256
 CAPTION_COUNT = 3_000
 MODALITIES = ("rgb", "depth", "normal", "semseg", "clip", "caption", "det")
 #: Optimiser steps of the fits that ship; about 8 a second on a core of its own.
-STEPS = {"rgb": 4500, "depth": 1200, "normal": 500, "semseg": 500, "clip": 1200}
+STEPS = {"rgb": 4500, "depth": 1500, "normal": 1200, "semseg": 800, "clip": 1200}
 OPTIONS: dict[str, Any] = {"preset": "demo", "batch_size": 16, "learning_rate": 2e-3}
 
 _STORED: dict[str, tuple[str, tuple[int, ...]]] = {
