@@ -271,6 +271,28 @@ class VQVAE(Codec):
         latents = self.network.quantizer.lookup(torch.from_numpy(ids).view(-1, *self.grid).to(self.device))
         return list(self.space.to_labels(self.network.decode(latents).float()))
 
+    @torch.inference_mode()
+    def decode_expected(self, probabilities: np.ndarray) -> list[Label]:
+        """Labels of the expected codes: float (B, T, K), the probability of each code at each place, sums to 1.
+
+        The decoder gets the mean of the codebook's vectors. For an uncertain predictor this comes closer to the truth
+        than the labels of the most probable codes, as a posterior mean does; with certainty it equals `decode`.
+        """
+        weights = torch.from_numpy(np.ascontiguousarray(probabilities, dtype=np.float32)).to(self.device)
+        if weights.shape[1:] != (self.modality.num_tokens, self.modality.vocab_size):
+            raise ContractError(
+                f"tokenizer of {self.modality.name!r}: probabilities {tuple(weights.shape[1:])} are not "
+                f"{self.modality.num_tokens} places x {self.modality.vocab_size} codes"
+            )
+        if not len(weights):
+            return []
+        self.network.eval()
+        codes = self.network.quantizer.lookup(
+            torch.arange(weights.shape[2], device=self.device).view(1, 1, -1)
+        )
+        latents = (weights @ codes[0, :, 0].T).transpose(1, 2).unflatten(2, self.grid)  # codes (1, D, 1, K)
+        return list(self.space.to_labels(self.network.decode(latents).float()))
+
     def freeze(self) -> VQVAE:
         """Round the weights to what `save` stores, so that this codec and its saved copy give the same bits."""
         self.network.half().float().eval().requires_grad_(False)

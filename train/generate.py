@@ -91,12 +91,7 @@ def generate_chain(
 ) -> dict[str, Tokens]:
     """Several targets, one after the other, each an input of the next. Returns the targets by name."""
     known = {name: _checked(model.config.spec(name), value) for name, value in inputs.items()}
-    sizes = {name: len(value) for name, value in known.items()}
-    count = rows if rows is not None else max(sizes.values(), default=0)
-    if count < 1 or any(size != count for size in sizes.values()):
-        raise ConfigError(
-            f"generate: inputs must have the same number of rows, at least one; got {sizes or 'no inputs'}"
-        )
+    count = _rows(known, rows)
     keys = np.arange(count, dtype=np.uint64) if keys is None else np.asarray(keys, np.uint64)
     draws = Draws(seed, keys, np.zeros(count, np.int64))
     model.eval()
@@ -105,6 +100,37 @@ def generate_chain(
         worker = _Worker(model, known, step, draws)
         known[step.target] = done[step.target] = worker.run()
     return done
+
+
+@torch.inference_mode()
+def probabilities(
+    model: FourMill,
+    inputs: Mapping[str, Tokens],
+    target: str,
+    *,
+    guidance: float | Mapping[str, float] = 1.0,
+) -> np.ndarray:
+    """What the model believes of each token of a grid or vector after one parallel pass: float32 (B, n, V).
+
+    The positions are each predicted by themselves, as in the first step of ROAR. Tokens of the target that ``inputs``
+    already has get probability 1.
+    """
+    known = {name: _checked(model.config.spec(name), value) for name, value in inputs.items()}
+    count = _rows(known, None)
+    draws = Draws(0, np.arange(count, dtype=np.uint64), np.zeros(count, np.int64))
+    model.eval()
+    return _Worker(model, known, Step(target=target, guidance=guidance), draws).probabilities()
+
+
+def _rows(known: Mapping[str, Tokens], rows: int | None) -> int:
+    """B, which all inputs share. Raises ConfigError if they don't, or if there is no row."""
+    sizes = {name: len(value) for name, value in known.items()}
+    count = rows if rows is not None else max(sizes.values(), default=0)
+    if count < 1 or any(size != count for size in sizes.values()):
+        raise ConfigError(
+            f"generate: inputs must have the same number of rows, at least one; got {sizes or 'no inputs'}"
+        )
+    return count
 
 
 class _Worker:
@@ -171,6 +197,21 @@ class _Worker:
                 row, place, found = row[kept], place[kept], found[torch.from_numpy(kept).to(found.device)]
             tokens[row, place] = found.cpu().numpy()
         return tokens
+
+    def probabilities(self) -> np.ndarray:
+        """float32 (B, n, V), see the function of this name."""
+        if self.spec.is_sequence:
+            raise ConfigError(
+                f"probabilities: {self.spec.name!r} is a sequence, whose tokens depend on each other"
+            )
+        rows, width = len(self.draws), self.spec.num_tokens
+        tokens = np.full((rows, width), UNKNOWN, np.int64) if self.own is None else self.own
+        asked = tokens == UNKNOWN
+        out = np.zeros((rows, width, self.spec.vocab_size), np.float32)
+        out[(*np.nonzero(~asked), tokens[~asked])] = 1.0
+        if asked.any():
+            out[asked] = self._logits(tokens, asked).softmax(dim=-1).cpu().numpy()
+        return out
 
     def _counts(self, left: np.ndarray) -> np.ndarray:
         """int64 (B, steps): how many tokens each step makes in each row."""

@@ -171,6 +171,30 @@ def test_fsq_and_refinement_are_options_of_the_network(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("modality", ALL, ids=lambda m: m.name)
+@pytest.mark.parametrize("quantizer", ["cosine", "fsq"])
+def test_certain_probabilities_decode_like_tokens(modality: Modality, quantizer: str) -> None:
+    values = {**_fields(TINY), "quantizer": quantizer, "levels": (4, 4, 2) if quantizer == "fsq" else ()}
+    codec = tiny(modality, VQConfig(**values))
+    ids = np.random.default_rng(0).integers(0, 32, (3, 16))
+    certain = np.eye(32, dtype=np.float32)[ids]
+    for one, two in zip(codec.decode(list(ids)), codec.decode_expected(certain), strict=True):
+        assert one.dtype == two.dtype and np.allclose(one, two, atol=1e-4, rtol=1e-4)
+    assert codec.decode_expected(certain[:0]) == []
+
+
+def test_uncertain_probabilities_decode_the_mean_code() -> None:
+    codec = tiny(DEPTH)
+    codes = codec.network.quantizer.lookup(torch.arange(32).view(1, 1, -1))[0, :, 0].T
+    weights = np.random.default_rng(0).dirichlet(np.ones(32), (2, 16))
+    latents = torch.einsum("btk,kd->bdt", torch.from_numpy(weights).float(), codes).view(2, -1, 4, 4)
+    with torch.inference_mode():
+        expected = codec.space.to_labels(codec.network.decode(latents))
+    assert np.allclose(codec.decode_expected(weights), expected, rtol=1e-4)
+    with pytest.raises(ContractError, match="not 16 places x 32 codes"):
+        codec.decode_expected(weights[:, :, :31])
+
+
 def test_positions_are_sines_of_row_then_column() -> None:
     table = sincos_positions(3, 5, 8)
     assert table.shape == (15, 8)
