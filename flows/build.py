@@ -1,7 +1,7 @@
 """Building a dataset: plan, label the fit set, fit tokenizers, label and tokenize the rest.
 
-`build` is a plain function of a configuration; `build_dataset` is the same as a Prefect flow, whose tasks
-are its stages (never samples or shards). What is finished is decided by receipts alone.
+`build` is a plain function of a configuration; `fourmill.flows.flow_runs` makes it a Prefect flow, whose tasks are
+its stages (never samples or shards). What is finished is decided by receipts alone.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -27,6 +28,7 @@ from fourmill.flows.progress import progress, say
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import Status, status
 from fourmill.shards.dataset import SAMPLES, Dataset
+from fourmill.storage import Store
 
 T = TypeVar("T")
 #: runs one stage: (name, function) -> what the function returns
@@ -60,7 +62,8 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
     """Make what is missing. Raises WorkMissing when something still is, once all that could be done is done."""
     with _sigterm_interrupts():
         resolved = resolve(config)
-        make_plan(resolved, None)  # an empty source is refused before the dataset exists
+        if not Store(config.dataset).exists("dataset.yaml"):
+            make_plan(resolved, None)  # an empty source is refused before the dataset exists
         dataset = Dataset.create(config.dataset, resolved.identity)
         _add_given_tokenizers(resolved, dataset)
         total = EngineReport()
@@ -127,13 +130,7 @@ def _run(
     with progress(title, "images") as advance:
         report: EngineReport = stage(
             title,
-            lambda: run_jobs(
-                resolved,
-                plan.jobs,
-                sum(plan.shards.values()),
-                plan.shards,
-                lambda done, rows: advance(done, rows, ""),
-            ),
+            lambda: run_jobs(resolved, plan, lambda done, rows: advance(done, rows, "")),
         )
     attempt = secrets.token_hex(4)
     recipes = resolved.token_recipes()
@@ -176,8 +173,6 @@ def _check_readable(dataset: Dataset) -> None:
 
 
 def _add_given_tokenizers(resolved: Resolved, dataset: Dataset) -> None:
-    from pathlib import Path
-
     for name, wanted in resolved.wanted.items():
         if wanted.tokenizer_folder is not None:
             dataset.add_tokenizer(name, Path(wanted.tokenizer_folder))
@@ -214,7 +209,3 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def pilot_options(limit: int | None, shards: Sequence[int] | None) -> dict[str, Any]:
-    return {"limit": limit, "shards": tuple(shards) if shards else None}

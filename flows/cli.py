@@ -1,19 +1,45 @@
-"""The ``fourmill`` command. Each command parses and calls one function."""
+"""The ``fourmill`` command. Each command parses its arguments and calls one function."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from fourmill.errors import FourmillError
+from fourmill.errors import ConfigError, FourmillError
 from fourmill.flows.progress import console, errors
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+ConfigName = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped one by name: demo, photos, cc12m")
+]
+DatasetUrl = Annotated[
+    str, typer.Argument(metavar="DATASET", help="where a dataset was built: a folder or any fsspec URL")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key; may be repeated")
+]
+NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="run without any Prefect server")]
+Modalities = Annotated[
+    list[str] | None, typer.Option("--modality", "-m", help="only this modality; may be repeated")
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="a pilot of the first N samples, rounded up to whole shards")
+]
+Shards = Annotated[str | None, typer.Option(metavar="A:B", help="a pilot of the shards A to B - 1")]
+RedoStale = Annotated[bool, typer.Option("--redo-stale", help="make again what another recipe made")]
 
 
 @app.callback()
@@ -21,30 +47,251 @@ def about() -> None:
     """Build pseudo-labeled, tokenized multimodal datasets, and train any-to-any masked models on them."""
 
 
-@app.command()
+@app.command(epilog="Example: [bold]fourmill demo[/bold]")
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="folder of the training run")] = Path("runs/demo"),
+    no_prefect: NoPrefect = False,
+) -> None:
+    """The main job on the embedded default: label and tokenize rendered scenes, train, and report."""
+    from fourmill.flows.demo import run_demo
+
+    run_demo(overrides or [], out, use_prefect=not no_prefect)
+
+
+@app.command(
+    epilog="Example: [bold]fourmill build configs/photos.yaml --set dataset=data/mine --limit 2000[/bold]"
+)
+def build(
+    config: ConfigName,
+    limit: Limit = None,
+    shards: Shards = None,
+    redo_stale: RedoStale = False,
+    overrides: Overrides = None,
+    no_prefect: NoPrefect = False,
+) -> None:
+    """Label and tokenize everything that is missing; the same command resumes after any interruption."""
+    _build(config, overrides, no_prefect, limit=limit, shards=_range(shards), redo_stale=redo_stale)
+
+
+@app.command(epilog="Example: [bold]fourmill label demo -m depth --limit 300[/bold]")
+def label(
+    config: ConfigName,
+    modality: Modalities = None,
+    limit: Limit = None,
+    shards: Shards = None,
+    overrides: Overrides = None,
+    no_prefect: NoPrefect = False,
+) -> None:
+    """Make and keep labels (as WebDataset tars), without tokens; later tokens spend no forward pass on them."""
+    from fourmill.config import load_config
+
+    known = load_config(config, overrides).modalities
+    names = _known(modality, known) or list(known)
+    _build(config, overrides, no_prefect, limit=limit, shards=_range(shards), only_labels=names)
+
+
+@app.command(epilog="Example: [bold]fourmill tokenize demo -m depth --redo-stale[/bold]")
+def tokenize(
+    config: ConfigName,
+    modality: Modalities = None,
+    limit: Limit = None,
+    shards: Shards = None,
+    redo_stale: RedoStale = False,
+    overrides: Overrides = None,
+    no_prefect: NoPrefect = False,
+) -> None:
+    """Make the tokens of some modalities, from kept labels where there are any."""
+    from fourmill.config import load_config
+
+    names = _known(modality, load_config(config, overrides).modalities)
+    _build(
+        config, overrides, no_prefect,
+        limit=limit, shards=_range(shards), redo_stale=redo_stale, only_tokens=names,
+    )  # fmt: skip
+
+
+@app.command("fit-tokenizers", epilog="Example: [bold]fourmill fit-tokenizers configs/photos.yaml[/bold]")
+def fit_tokenizers(config: ConfigName, overrides: Overrides = None, no_prefect: NoPrefect = False) -> None:
+    """Label the fit set and fit the tokenizers that the dataset lacks (`build` does this too)."""
+    from fourmill.config import load_config
+    from fourmill.flows import flow_runs
+
+    checked = load_config(config, overrides)
+    flow_runs.run_flow(
+        flow_runs.fit_tokenizers, use_prefect=not no_prefect, config=checked.model_dump(mode="json")
+    )
+    _show_tokenizers(checked.dataset)
+
+
+@app.command(epilog="Example: [bold]fourmill train demo --out runs/second --set train.steps=2000[/bold]")
+def train(
+    config: ConfigName,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; default: runs/<dataset>")] = None,
+    snapshot: Annotated[
+        str | None, typer.Option(help="digest of a registered snapshot; default: what is finished now")
+    ] = None,
+    overrides: Overrides = None,
+    no_prefect: NoPrefect = False,
+) -> None:
+    """Train on finished shards, or go on with a run. Several GPUs: torchrun -m fourmill.train CONFIG --out DIR."""
+    from fourmill.config import load_config
+    from fourmill.flows import flow_runs
+
+    result = flow_runs.run_flow(
+        flow_runs.train,
+        use_prefect=not no_prefect,
+        config=load_config(config, overrides).model_dump(mode="json"),
+        out=str(out) if out else None,
+        snapshot=snapshot,
+    )
+    console.print(f"step {result['step']}, loss {result['loss']:.4f}: {result['checkpoint']}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]fourmill status data/demo --json[/bold]")
 def status(
-    dataset: Annotated[str, typer.Argument(help="URL of the dataset")],
+    dataset: DatasetUrl,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
-    """Where a dataset stands, from its receipts.   Example: [bold]fourmill status data/demo[/bold]"""
+    """Where a dataset stands, from its receipts."""
     from fourmill.flows.status import status as read_status
-    from fourmill.flows.status import status_table
+    from fourmill.flows.status import status_report
     from fourmill.shards.dataset import Dataset
 
-    report = read_status(Dataset(dataset))
+    found = read_status(Dataset(dataset))
     if as_json:
-        print(json.dumps(report.to_json()))
+        print(json.dumps(found.to_json()))
     else:
-        console.print(status_table(report, dataset))
+        console.print(status_report(found, dataset))
+
+
+@app.command(epilog="Example: [bold]fourmill report data/demo --model runs/demo[/bold]")
+def report(
+    dataset: DatasetUrl,
+    model: Annotated[Path | None, typer.Option(help="a training run, to show what it predicts")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=64, help="held-out samples to show")] = 8,
+    metric_samples: Annotated[int, typer.Option(min=1, help="held-out samples to measure on")] = 128,
+) -> None:
+    """An HTML page with pictures: every link of the chain side by side, and a number for each."""
+    from fourmill.flows.report import make_report, numbers_table
+
+    made = make_report(dataset, model, samples=samples, metric_samples=metric_samples)
+    console.print(numbers_table(made.numbers))
+    console.print(f"report: {made.path}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]fourmill export data/demo exports/demo -m rgb -m depth -m caption[/bold]")
+def export(
+    dataset: DatasetUrl,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder or any fsspec URL")],
+    modality: Modalities = None,
+    split: Annotated[str, typer.Option(help="train or val")] = "train",
+    layout: Annotated[str, typer.Option("--format", help="webdataset, the only one")] = "webdataset",
+) -> None:
+    """Write finished shards as the WebDataset tars that the published 4M training code reads."""
+    from fourmill.flows.exporting import export_dataset
+
+    if layout != "webdataset":
+        raise ConfigError(f"--format {layout}: only webdataset is written")
+    done = export_dataset(dataset, out, modality, split)
+    console.print(f"{done.rows} samples in {done.shards} shards: {out}", soft_wrap=True)
+    for reason, rows in done.left_out.items():
+        console.print(f"  left out: {rows} ({reason})", markup=False)
+
+
+@app.command(epilog="Example: [bold]fourmill inspect data/demo --key 000007 --out looked[/bold]")
+def inspect(
+    target: Annotated[
+        str, typer.Argument(metavar="WHAT", help="a dataset, shard file, receipt, tokenizer or training run")
+    ],
+    key: Annotated[str | None, typer.Option(help="a sample of the dataset, by its key")] = None,
+    out: Annotated[Path | None, typer.Option(help="with --key: a folder for pictures of the sample")] = None,
+) -> None:
+    """Say what a file or folder of fourmill's is, and what is in it."""
+    from fourmill.flows.inspecting import describe
+
+    for part in describe(target, key=key, out=out):
+        console.print(part)
+
+
+@app.command(epilog="Example: [bold]fourmill doctor configs/cc12m.yaml[/bold]")
+def doctor(config: ConfigName, overrides: Overrides = None) -> None:
+    """Check disk, memory, versions, checkpoints, source and storage before a long run."""
+    from fourmill.config import load_config
+    from fourmill.flows.doctor import examine, findings_table
+
+    findings = examine(load_config(config, overrides))
+    console.print(findings_table(findings))
+    failed = [f.check for f in findings if f.state == "fail"]
+    if failed:
+        raise FourmillError(f"{len(failed)} checks failed: {', '.join(failed)}")
+
+
+def _build(config: str, overrides: list[str] | None, no_prefect: bool, **options: Any) -> None:
+    """Run the flow, and show where the dataset stands whether or not something is still missing."""
+    from fourmill.config import load_config
+    from fourmill.errors import WorkMissing
+    from fourmill.flows import flow_runs
+    from fourmill.flows.status import status as read_status
+    from fourmill.flows.status import status_report
+    from fourmill.shards.dataset import Dataset
+
+    checked = load_config(config, overrides)
+    problem: WorkMissing | None = None
+    try:
+        flow_runs.run_flow(
+            flow_runs.build_dataset,
+            use_prefect=not no_prefect,
+            config=checked.model_dump(mode="json"),
+            **options,
+        )
+    except WorkMissing as error:
+        problem = error
+    console.print(status_report(read_status(Dataset(checked.dataset)), checked.dataset))
+    if problem is not None:
+        raise problem
+
+
+def _range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, separator, last = text.partition(":")
+    if not (separator and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ConfigError(f"--shards {text}: write it as A:B with A < B, for example 0:4")
+    return int(first), int(last)
+
+
+def _known(names: list[str] | None, known: Any) -> list[str] | None:
+    from fourmill.errors import nearest
+
+    for name in names or []:
+        if name not in known:
+            raise ConfigError(f"--modality {name}: not in the configuration{nearest(name, known)}")
+    return names or None
+
+
+def _show_tokenizers(url: str) -> None:
+    from fourmill.shards.dataset import Dataset
+
+    dataset = Dataset(url)
+    for name in dataset.store.names("tokenizers"):
+        for short in dataset.tokenizers(name):
+            console.print(f"{url}/tokenizers/{name}/{short}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
     """Entry point: errors of ours are one line, and every way of ending has its exit status."""
     try:
-        app(standalone_mode=True)
+        app()
     except FourmillError as error:
         errors.print(f"fourmill: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("fourmill: stopped; the same command goes on from here", highlight=False)
-        sys.exit(3)
+        sys.exit(_stopped())
+    except SystemExit as leaving:
+        sys.exit(_stopped() if leaving.code == INTERRUPTED else leaving.code)
+
+
+def _stopped() -> int:
+    errors.print("fourmill: stopped; the same command goes on from here", highlight=False)
+    return 3

@@ -7,6 +7,7 @@ between runner and specialists through the object store. It keeps no state: what
 from __future__ import annotations
 
 import os
+import secrets
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from fourmill.config import Config
 from fourmill.errors import ConfigError, FourmillError, WorkMissing
-from fourmill.flows.plan import Job
+from fourmill.flows.plan import Job, Plan
 from fourmill.flows.resolve import Resolved, Wanted
 from fourmill.flows.runner import Call, JobReport, Runner
 from fourmill.flows.specialist import MicroBatch, MicroResult, Specialist
@@ -53,14 +54,17 @@ class _RunnerActor:
         self,
         config: Config,
         wanted: dict[str, Wanted],
-        groups: list[list[Any]],
+        groups: list[list[str]],
         environment: dict[str, Any],
-        rows: int,
+        listing: tuple[str, int],
     ) -> None:
-        self._groups = groups
+        import ray
+
+        # by name: a constructor that holds handles could not be run again after a restart
+        self._groups = [[ray.get_actor(name) for name in group] for group in groups]
         self._busy: dict[Any, int] = {}
         self._runner = Runner(config, wanted, self._submit, environment)
-        self._runner.set_rows_total(rows)
+        self._runner.set_listing(*listing)
 
     def run(self, job: Job) -> JobReport:
         self._runner.rows_done = 0
@@ -141,7 +145,7 @@ def ray_session(config: Config) -> Iterator[None]:
 class Pool:
     """Runners and specialists for one configuration, inside a Ray session."""
 
-    def __init__(self, resolved: Resolved, runners: int, rows_total: int) -> None:
+    def __init__(self, resolved: Resolved, runners: int, listing: tuple[str, int]) -> None:
         import ray
 
         config = resolved.config
@@ -158,9 +162,14 @@ class Pool:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}} if self._device == "cpu" else None,
         )
         hosted = [[resolved.wanted[name] for name in resolved.closure(group)] for group in groups]
+        prefix = f"fourmill-{secrets.token_hex(4)}"
+        names = [[f"{prefix}-{g}-{i}" for i in range(replicas)] for g in range(len(groups))]
         self.specialists = [
-            [remote.remote(config.dataset, group, config.image_size, self._device) for _ in range(replicas)]
-            for group in hosted
+            [
+                remote.options(name=name).remote(config.dataset, group, config.image_size, self._device)
+                for name in row
+            ]
+            for row, group in zip(names, hosted, strict=True)
         ]
         environments = unwrapped(
             lambda: ray.get([a.ready.remote() for group in self.specialists for a in group])
@@ -169,8 +178,7 @@ class Pool:
             num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=2
         )
         self.runners = [
-            runner.remote(config, self._wanted, self.specialists, environments[0], rows_total)
-            for _ in range(runners)
+            runner.remote(config, self._wanted, names, environments[0], listing) for _ in range(runners)
         ]
 
     def _default_replicas(self, config: Config, groups: int) -> int:
@@ -189,17 +197,15 @@ class Pool:
             ray.kill(actor)
 
 
-def run_jobs(
-    resolved: Resolved, jobs: Sequence[Job], rows_total: int, rows_of: dict[int, int], on_progress: OnProgress
-) -> EngineReport:
-    """Run all jobs; returns what was committed and what was given up. Stops cleanly on SIGTERM and Ctrl-C."""
+def run_jobs(resolved: Resolved, plan: Plan, on_progress: OnProgress) -> EngineReport:
+    """Run the plan's jobs; returns what was committed and what was given up. Stops cleanly on SIGTERM and Ctrl-C."""
     report = EngineReport()
-    if not jobs:
+    if not plan.jobs:
         return report
     with ray_session(resolved.config):
-        pool = Pool(resolved, min(2, len(jobs)), rows_total)
+        pool = Pool(resolved, min(2, len(plan.jobs)), plan.listing)
         try:
-            _drive(pool, resolved.config, list(jobs), rows_of, report, on_progress)
+            _drive(pool, resolved.config, plan.jobs, plan.shards, report, on_progress)
         finally:
             pool.close()
     return report

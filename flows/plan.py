@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fourmill.errors import ConfigError, SourceError
 from fourmill.flows.resolve import Resolved
@@ -51,9 +51,8 @@ class Plan:
     committed: frozenset[int]  # shards with a samples receipt
     states: dict[str, ColumnState]
     jobs: list[Job]
+    listing: tuple[str, int]  # the source's digest, and how many rows it lists in all
     vanished: int = 0  # committed rows that the source no longer lists
-    rows_listed: bool = True
-    problems: list[str] = field(default_factory=list)
 
 
 def column_state(
@@ -94,7 +93,8 @@ def make_plan(
     ``limit`` rounds up to whole shards, so that the full build reuses a pilot. ``only_labels`` asks for kept labels
     of these modalities; ``only_tokens`` restricts the tokenized modalities (None: all that have a tokenizer).
     """
-    new, committed, vanished, listed = _allot(resolved, dataset)
+    digest = resolved.source.digest()
+    new, committed, vanished = _allot(resolved, dataset, digest)
     rows_of = {**committed, **{shard: len(rows) for shard, (rows, _) in new.items()}}
     chosen = _choose(rows_of, resolved.config.shard_size, limit, shard_range)
     if only_shards is not None:
@@ -118,7 +118,8 @@ def make_plan(
             rows, duplicates = new.get(shard, (None, frozenset()))
             jobs.append(Job(shard, rows, duplicates, labels, todo))
     shards = {shard: rows_of[shard] for shard in sorted(chosen)}
-    return Plan(shards, frozenset(set(committed) & chosen), states, jobs, vanished, listed)
+    listing = digest, sum(rows_of.values()) - vanished
+    return Plan(shards, frozenset(set(committed) & chosen), states, jobs, listing, vanished)
 
 
 def _choose(
@@ -139,8 +140,8 @@ def _choose(
 Allotment = dict[int, tuple[tuple[Row, ...], frozenset[int]]]
 
 
-def _allot(resolved: Resolved, dataset: Dataset | None) -> tuple[Allotment, dict[int, int], int, bool]:
-    """Rows of shards that are not committed yet; rows per committed shard; vanished rows; whether rows were listed."""
+def _allot(resolved: Resolved, dataset: Dataset | None, digest: str) -> tuple[Allotment, dict[int, int], int]:
+    """Rows of shards that are not committed yet; rows per committed shard; how many committed rows vanished."""
     receipts = {}
     if dataset is not None and (short := dataset.samples_recipe()) is not None:
         if short != resolved.samples_recipe.short:
@@ -150,10 +151,9 @@ def _allot(resolved: Resolved, dataset: Dataset | None) -> tuple[Allotment, dict
         receipts = dataset.receipts(SAMPLES, short)
     committed = {shard: receipt.rows for shard, receipt in receipts.items()}
     if receipts:
-        digest = resolved.source.digest()
         seen = {(r.source["digest"], r.source["rows_total"]) for r in receipts.values()}
         if seen == {(digest, sum(committed.values()))}:
-            return {}, committed, 0, False  # nothing new: no row is listed, no samples file read
+            return {}, committed, 0  # nothing new: no row is listed, no samples file read
     frozen: Counter[str] = Counter()
     for receipt in receipts.values():
         assert dataset is not None
@@ -180,7 +180,7 @@ def _allot(resolved: Resolved, dataset: Dataset | None) -> tuple[Allotment, dict
             frozenset(i for i, (_, twice) in enumerate(part) if twice),
         )
         number += 1
-    return new, committed, sum(frozen.values()), True
+    return new, committed, sum(frozen.values())
 
 
 def fit_shards(resolved: Resolved, shards: dict[int, int]) -> frozenset[int]:

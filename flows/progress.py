@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,18 @@ errors = Console(stderr=True)
 EVERY = 5.0
 
 Advance = Callable[[int, int, str], None]  # (done, total, note)
+Watcher = Callable[[str, str, int, int], None]  # (title, unit, done, total)
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Have all progress reported to ``watcher`` too, within the block."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 class _Lines:
@@ -51,9 +63,18 @@ class _Lines:
 @contextmanager
 def progress(title: str, unit: str) -> Iterator[Advance]:
     """``with progress("Labeling", "images") as advance: advance(done, total, note)``"""
-    if not console.is_terminal:
-        yield _Lines(title, unit)
-        return
+    with _bar(title, unit) if console.is_terminal else nullcontext(_Lines(title, unit)) as show:
+
+        def advance(done: int, total: int, note: str = "") -> None:
+            show(done, total, note)
+            for watcher in _watchers:
+                watcher(title, unit, done, total)
+
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, unit: str) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

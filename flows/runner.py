@@ -87,6 +87,7 @@ class Runner:
         self._dataset = Dataset(config.dataset)
         self._groups = self._resolved.groups()
         self._rows_total = 0
+        self._source_digest: str | None = None
         self._truth = any(w.needs_truth for w in wanted.values())
         self._decoders = ThreadPoolExecutor(2)
         self.rows_done = 0  # read by the progress display while a job runs
@@ -346,11 +347,13 @@ class Runner:
         (report.committed if self._dataset.commit(recipe, receipt) else report.lost_races).append(column)
 
     def _source_facts(self) -> dict[str, Any]:
-        return {"digest": self._source.digest(), "rows_total": self._rows_total}
+        if self._source_digest is None:
+            self._source_digest = self._source.digest()
+        return {"digest": self._source_digest, "rows_total": self._rows_total}
 
-    def set_rows_total(self, rows: int) -> None:
-        """How many rows the listing had that these jobs were planned from."""
-        self._rows_total = rows
+    def set_listing(self, digest: str, rows: int) -> None:
+        """The source as it was when these jobs were planned: its digest, and how many rows it listed."""
+        self._source_digest, self._rows_total = digest, rows
 
 
 class _ShardContent:

@@ -85,7 +85,8 @@ class Specialist:
             for name, wanted in self._group.items():
                 if wanted.tokenizer is not None:
                     folder = dataset.tokenizer_folder(name, wanted.tokenizer[:12])
-                    self._codecs[name] = load_codec(folder, wanted.modality, self._image_size)
+                    codec = load_codec(folder, wanted.modality, self._image_size)
+                    self._codecs[name] = codec.to(self._device)
             self._labelers = loaded
         device = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
@@ -180,10 +181,10 @@ class Specialist:
                     else crop_label(wanted.modality, label, index, crop, size, self._image_size)
                 )
         if wanted.modality.contract.form == "features":
-            shape = next(
-                (label.shape for label in cropped if isinstance(label, np.ndarray) and label.ndim == 3),
-                (1, 1, 1),
-            )
+            shapes = (label.shape for label in cropped if isinstance(label, np.ndarray) and label.ndim == 3)
+            shape = next(shapes, None)
+            if shape is None:  # nothing here to tokenize, and nothing to tell the features' shape from
+                return list(labels)
             cropped = [np.zeros(shape, np.float32) if label is blank else label for label in cropped]
         values = self._codecs[wanted.name].encode(cropped)
         return [

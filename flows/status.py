@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from fourmill.errors import ConfigError
 from fourmill.flows.plan import ColumnState, column_state
@@ -130,15 +133,29 @@ def _sum(counts: Any) -> dict[str, int]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def status_table(report: Status, url: str) -> Table:
-    table = Table(title=f"{url}: {report.samples} samples in {report.shards} shards", title_justify="left")
+def status_report(report: Status, url: str) -> Group:
+    """The table of a dataset's columns, why rows were set aside, and why shards were parked."""
+    done = "[green]complete[/green]" if report.complete else "[yellow]work missing[/yellow]"
+    head = Text.from_markup(f"{report.samples} samples in {report.shards} shards, {done}")
+    parts: list[Any] = [Text(url, style="bold"), head, status_table(report)]
+    if report.rejected:
+        parts.append(Text(f"{report.rejected} samples set aside:"))
+    for column, reasons in report.reasons.items():
+        for reason, rows in reasons.items():
+            parts.append(Text(f"  {column}: {rows} x {reason}"))
+    for column, shards in report.parked.items():
+        for shard, error in shards.items():
+            parts.append(Text(f"  parked: {column} shard {shard}: {error}", style="yellow"))
+    return Group(*parts)
+
+
+def status_table(report: Status) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("modality", "finished", "pending", "stale", "parked", "rows", "absent", "size"):
         table.add_column(heading, justify="left" if heading == "modality" else "right")
     for name, m in report.modalities.items():
         cells = (m.finished, m.pending, m.stale, m.parked, m.rows, m.absent)
         table.add_row(name, *(str(cell) for cell in cells), human_bytes(m.bytes))
-    done = "complete" if report.complete else "work missing"
-    table.caption = f"{done}; {report.rejected} keys set aside"
     return table
 
 
