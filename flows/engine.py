@@ -6,6 +6,7 @@ between runner and specialists through the object store. It keeps no state: what
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
@@ -121,6 +122,7 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
@@ -154,19 +156,18 @@ class Pool:
         groups = resolved.groups()
         replicas = config.engine.replicas or self._default_replicas(config, len(groups))
         gpus = config.engine.gpus_per_actor if self._device == "cuda" else 0
-        remote = ray.remote(Specialist).options(
-            num_cpus=1 if self._device == "cpu" else 0,
-            num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}} if self._device == "cpu" else None,
-        )
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
+        if self._device == "cpu":
+            options |= {"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+        specialist = ray.remote(Specialist)
         hosted = [[resolved.wanted[name] for name in resolved.closure(group)] for group in groups]
         prefix = f"fourmill-{secrets.token_hex(4)}"
         names = [[f"{prefix}-{g}-{i}" for i in range(replicas)] for g in range(len(groups))]
         self.specialists = [
             [
-                remote.options(name=name).remote(config.dataset, group, config.image_size, self._device)
+                specialist.options(name=name, **options).remote(
+                    config.dataset, group, config.image_size, self._device
+                )
                 for name in row
             ]
             for row, group in zip(names, hosted, strict=True)
