@@ -23,6 +23,7 @@ from fourmill.flows.engine import device_of
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import human_bytes
 from fourmill.shards.decode import RejectedImage, decode_frame
+from fourmill.shards.sources.base import make_source
 from fourmill.storage import Store
 
 State = Literal["ok", "warn", "fail"]
@@ -47,6 +48,7 @@ def examine(config: Config) -> list[Finding]:
         ("device", lambda: _device(config)),
         ("storage", lambda: _storage(config)),
         ("prefect", _prefect),
+        ("source", lambda: _source(config)),
     ]
     for name, check in checks:
         findings += _guarded(name, check)
@@ -56,7 +58,6 @@ def examine(config: Config) -> list[Finding]:
         return [*findings, Finding("modalities", "fail", str(error))]
     findings += _guarded("checkpoints", lambda: _checkpoints(resolved))
     findings += _guarded("memory", lambda: _memory(resolved))
-    findings += _guarded("source", lambda: _source(resolved))
     return findings
 
 
@@ -216,12 +217,13 @@ def _memory(resolved: Resolved) -> Iterator[Finding]:
     yield Finding("memory", state, f"about {human_bytes(need)} needed of {human_bytes(have)}{hint}")
 
 
-def _source(resolved: Resolved) -> Iterator[Finding]:
+def _source(config: Config) -> Iterator[Finding]:
     """The first rows are listed, read and decoded."""
-    rows = list(islice(resolved.source.rows(), PROBES))
-    decode = resolved.config.decode
+    source = make_source(config.source.kind, **config.source.options)
+    rows = list(islice(source.rows(), PROBES))
+    decode = config.decode
     readable, reasons = 0, []
-    for raw in resolved.source.read(rows):
+    for raw in source.read(rows):
         if isinstance(raw, Exception):
             reasons.append(str(raw))
             continue

@@ -94,11 +94,16 @@ def read_json(checkpoint: Checkpoint, name: str, where: str) -> dict[str, Any]:
         path = checkpoint.folder / name
     else:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging as hub_logging
 
+        hub_logging.set_verbosity_error()  # the one line below says it all
         try:
             path = Path(hf_hub_download(checkpoint.source, name, revision=checkpoint.revision))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{where}: cannot fetch {name} of {checkpoint.source}: {error}") from error
+            raise CheckpointError(
+                f"{where}: {checkpoint.source} is not in the local cache, and the hub does not give {name} "
+                f"({type(error).__name__}); check the connection, or give a checkpoint's folder"
+            ) from error
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
