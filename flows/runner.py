@@ -24,6 +24,7 @@ from fourmill.crops import draw_crops
 from fourmill.errors import DatasetError, FourmillError
 from fourmill.flows.plan import Job
 from fourmill.flows.resolve import Resolved, Wanted
+from fourmill.flows.shard_content import ShardContent, check_unchanged, reasons_of, rows_of
 from fourmill.flows.specialist import NO_CAPTION, MicroBatch, MicroResult
 from fourmill.labels import Absent, Label
 from fourmill.seeds import key64, keys_digest
@@ -31,7 +32,7 @@ from fourmill.shards.arrow import column_table, write_table
 from fourmill.shards.dataset import SAMPLES, Dataset, absent_counts
 from fourmill.shards.decode import Frame, RejectedImage, decode_frame
 from fourmill.shards.receipts import Receipt, Recipe, pack_presence
-from fourmill.shards.samples import DUPLICATE, OK, sample_table
+from fourmill.shards.samples import DUPLICATE, OK
 from fourmill.shards.sources.base import RawSample, Row, Source, make_source
 from fourmill.shards.tar import read_labels, write_labels
 
@@ -99,9 +100,9 @@ class Runner:
             job.shard, seconds={"decode": 0.0, "wait": 0.0, "forward": 0.0, "tokenize": 0.0, "write": 0.0}
         )
         frozen = None if job.rows is not None else self._dataset.samples(job.shard)
-        rows = job.rows if job.rows is not None else _rows_of(frozen)
+        rows = job.rows if job.rows is not None else rows_of(frozen)
         given = self._kept_labels(job, rows)
-        content = _ShardContent(len(rows), job)
+        content = ShardContent(len(rows), job)
         window: deque[tuple[int, Call]] = deque()
         for start, batch in self._micro_batches(job, rows, frozen, given, content, report):
             for number, group in enumerate(self._groups):
@@ -128,7 +129,7 @@ class Runner:
         rows: Sequence[Row],
         frozen: pa.Table | None,
         given: dict[str, dict[int, Label]],
-        content: _ShardContent,
+        content: ShardContent,
         report: JobReport,
     ) -> Iterator[tuple[int, MicroBatch]]:
         size = self._resolved.config.engine.batch_size
@@ -139,7 +140,7 @@ class Runner:
             skip = self._skipped(job, frozen, start, len(part))
             decoded = self._decode(part, skip) if needs_pixels else []
             if frozen is not None:
-                _check_unchanged(part, skip, decoded)
+                check_unchanged(part, skip, decoded)
             content.add(start, decoded, frozen is None)
             if frozen is None and start + size >= len(rows):
                 content.make_samples(rows, self._resolved)
@@ -226,7 +227,7 @@ class Runner:
                 )
         return given
 
-    def _take(self, content: _ShardContent, item: tuple[int, Call], report: JobReport) -> None:
+    def _take(self, content: ShardContent, item: tuple[int, Call], report: JobReport) -> None:
         start, call = item
         began = time.perf_counter()
         result = call.result()
@@ -242,7 +243,7 @@ class Runner:
         job: Job,
         rows: Sequence[Row],
         frozen: pa.Table | None,
-        content: _ShardContent,
+        content: ShardContent,
         report: JobReport,
     ) -> None:
         """Samples first, then each column: data file, then receipt."""
@@ -275,7 +276,7 @@ class Runner:
                 wanted.label_recipe,
                 job.shard,
                 keys,
-                _reasons(labels),
+                reasons_of(labels),
                 f"labels/{name}",
                 data,
                 "tar",
@@ -294,7 +295,7 @@ class Runner:
                 recipe,
                 job.shard,
                 keys,
-                _reasons(cells),
+                reasons_of(cells),
                 f"tokens/{name}",
                 write_table(table),
                 "arrow",
@@ -354,60 +355,6 @@ class Runner:
     def set_listing(self, digest: str, rows: int) -> None:
         """The source as it was when these jobs were planned: its digest, and how many rows it listed."""
         self._source_digest, self._rows_total = digest, rows
-
-
-class _ShardContent:
-    """What was made of one shard so far, by row."""
-
-    def __init__(self, rows: int, job: Job) -> None:
-        self.decoded: list[tuple[Any, tuple[str, ...]]] = []
-        self.labels: dict[str, list[Label]] = {name: [Absent("not made")] * rows for name in job.labels}
-        self.values: dict[str, list[Any]] = {name: [Absent("not made")] * rows for name in job.tokens}
-        self.samples: pa.Table = None
-
-    def add(self, start: int, decoded: Sequence[tuple[Frame | str, tuple[str, ...]]], keep: bool) -> None:
-        """Remember sizes and captions for the samples table, not pixels."""
-        if keep:
-            for frame, captions in decoded:
-                self.decoded.append(
-                    (frame if isinstance(frame, str) else (frame.width, frame.height), captions)
-                )
-
-    def make_samples(self, rows: Sequence[Row], resolved: Resolved) -> None:
-        config = resolved.config
-        sizes = [size for size, _ in self.decoded]
-        captions = [texts for _, texts in self.decoded]
-        self.samples = sample_table(
-            rows, sizes, captions, seed=config.seed, n_crops=config.n_crops, val_fraction=config.val_fraction
-        )
-
-    def fill(self, start: int, result: MicroResult) -> None:
-        for target, made in ((self.labels, result.labels), (self.values, result.values)):
-            for name, values in made.items():
-                column = target[name]
-                for i, value in enumerate(values[: len(column) - start]):
-                    column[start + i] = value
-
-
-def _check_unchanged(
-    part: Sequence[Row], skip: Sequence[str | None], decoded: Sequence[tuple[Frame | str, tuple[str, ...]]]
-) -> None:
-    """A row that was readable when its shard was frozen must still be: otherwise the source has changed."""
-    for row, why, (frame, _) in zip(part, skip, decoded, strict=bool(decoded)):
-        if why is None and isinstance(frame, str):
-            raise DatasetError(
-                f"source row {row.key!r} was readable when its shard was made and is now {frame!r}; restore it"
-            )
-
-
-def _rows_of(samples: pa.Table) -> list[Row]:
-    return [
-        Row(k, p) for k, p in zip(samples["key"].to_pylist(), samples["position"].to_pylist(), strict=True)
-    ]
-
-
-def _reasons(cells: Sequence[Any]) -> list[str | None]:
-    return [cell.reason if isinstance(cell, Absent) else None for cell in cells]
 
 
 def _provenance(wanted: Wanted | None) -> dict[str, Any]:
