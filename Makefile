@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+demo: $(STAMP) ## run the main job on rendered scenes: nothing to download, no account, no GPU
+	$(BIN)/fourmill demo
+
 test: $(STAMP) ## run the tests (under 10 minutes on 2 cores)
 	$(BIN)/pytest -q -m "not long" --durations=10
 
