@@ -1,9 +1,8 @@
 """What CONTRIBUTING.md shows works as it stands there."""
 
+import importlib
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,9 +20,9 @@ def test_the_example_labeler_labels_and_is_tokenized(tmp_path: Path, monkeypatch
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     assert len(blocks) == 1
     source = "\n".join(line.removeprefix("   ") for line in blocks[0].splitlines())
-    module = ModuleType("chroma_example")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, str(GUIDE), "exec"), module.__dict__)
+    (tmp_path / "chroma_example.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("chroma_example")
 
     labeler = labelers.get("chroma")(LabelerSettings("chroma", image_size=32))
     labeler.load()
