@@ -15,14 +15,11 @@ from fourmill.config import Config, ModalityConfig
 from fourmill.errors import ConfigError, nearest
 from fourmill.labelers.base import COMMON_KEYS, Labeler, LabelerSettings, labelers
 from fourmill.modality import SOURCE_MODALITIES, Modality
-from fourmill.shards.dataset import Dataset
+from fourmill.shards.dataset import ORIGIN, Dataset
 from fourmill.shards.decode import DECODE_VERSION
 from fourmill.shards.receipts import SHORT, Recipe
 from fourmill.shards.sources.base import Source, make_source
 from fourmill.tokenize.base import codec_hash, codecs, load_codec
-
-#: the file in a fitted tokenizer's folder that says what it was fitted on, and how
-ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ from fourmill.storage import Store
 
 FORMAT = 1
 SAMPLES = "samples"
+#: the file in a fitted tokenizer's folder that says what it was fitted on, and how
+ORIGIN = "origin.json"
 
 
 class Dataset:
@@ -92,7 +94,11 @@ class Dataset:
         return self.store.names("receipts")
 
     def recipes(self, column: str) -> list[str]:
-        return self.store.names(f"receipts/{column}")
+        """Short hashes. A folder without a recipe (its first writer was killed) holds no receipt either."""
+        folder = f"receipts/{column}"
+        return [
+            name for name in self.store.names(folder) if self.store.exists(f"{folder}/{name}/recipe.json")
+        ]
 
     def recipe(self, column: str, short: str) -> dict[str, Any]:
         """The canonical content of a recipe, with its ``kind``."""
@@ -181,9 +187,12 @@ class Dataset:
     # -- tokenizers -----------------------------------------------------------------------------------
 
     def add_tokenizer(self, modality: str, folder: Path) -> str:
-        """Copy a tokenizer's folder into the dataset under its hash (immutable); returns the short hash."""
+        """Copy a tokenizer's folder into the dataset under its hash (immutable); returns the short hash.
+
+        By its origin a fitted one is found again, so that file comes last: where it is, the others are.
+        """
         short = folder_hash(str(folder.resolve()))[:SHORT]
-        for file in sorted(folder.iterdir()):
+        for file in sorted(folder.iterdir(), key=lambda path: (path.name == ORIGIN, path.name)):
             if file.is_file():
                 self.store.put_if_absent(f"tokenizers/{modality}/{short}/{file.name}", file.read_bytes())
         return short
