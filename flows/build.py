@@ -7,10 +7,7 @@ its stages (never samples or shards). What is finished is decided by receipts al
 from __future__ import annotations
 
 import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +20,7 @@ from fourmill.config import Config
 from fourmill.errors import SourceError, WorkMissing
 from fourmill.flows.engine import EngineReport, run_jobs
 from fourmill.flows.fitting import fit_tokenizers, needs_labels
+from fourmill.flows.interrupts import interruptible
 from fourmill.flows.plan import Plan, fit_shards, make_plan
 from fourmill.flows.progress import progress, say
 from fourmill.flows.resolve import Resolved, resolve
@@ -60,7 +58,7 @@ def plain_stage(name: str, call: Callable[[], T]) -> T:
 
 def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage = plain_stage) -> BuildResult:
     """Make what is missing. Raises WorkMissing when something still is, once all that could be done is done."""
-    with _sigterm_interrupts():
+    with interruptible():
         resolved = resolve(config)
         if not Store(config.dataset).exists("dataset.yaml"):
             make_plan(resolved, None)  # an empty source is refused before the dataset exists
@@ -192,20 +190,3 @@ def _remember_run(dataset: Dataset, resolved: Resolved, plan: Plan) -> None:
     dataset.store.put(
         f"runs/{now}-{secrets.token_hex(3)}.yaml", yaml.safe_dump(content, sort_keys=False).encode()
     )
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM stops a run the way Ctrl-C does: in good order, with exit status 3."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -35,6 +35,7 @@ from prefect.settings import PREFECT_API_URL
 from fourmill.config import Config, check_config, load_config
 from fourmill.errors import FourmillError
 from fourmill.flows.build import BuildOptions, build
+from fourmill.flows.interrupts import interruptible
 from fourmill.flows.progress import say, watching
 from fourmill.flows.training import train_model
 
@@ -93,12 +94,13 @@ def run_flow(flow_object: Any, *, use_prefect: bool = True, **parameters: Any) -
     A server that dies in the middle is no reason to stop: what is committed stays, and the function goes on with the rest.
     """
     if use_prefect and server_answers():
-        try:
-            return flow_object(**parameters)
-        except _UNREACHABLE as error:
-            say(
-                f"Prefect: {type(error).__name__}; going on without it (nothing that is finished is done again)"
-            )
+        with interruptible() as interrupt:
+            try:
+                return flow_object(**parameters)
+            except _UNREACHABLE as error:
+                if interrupt.happened:  # Ctrl-C reached Prefect's own server too
+                    raise KeyboardInterrupt from None
+                say(f"Prefect: {type(error).__name__}; going on without it (nothing finished is done again)")
     return flow_object.fn(**parameters)
 
 

@@ -13,7 +13,15 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fourmill.shards.sources.scene_layout import Camera, Item, Layout, Light, Surface
+from fourmill.shards.sources.scene_layout import (
+    HAZE_HALF_M,
+    HAZE_RGB,
+    Camera,
+    Item,
+    Layout,
+    Light,
+    Surface,
+)
 
 Array: TypeAlias = np.ndarray
 Index: TypeAlias = tuple[slice, slice] | np.ndarray
@@ -316,7 +324,15 @@ def shade(layout: Layout, rays: Rays, hits: Hits, size: int) -> Array:
         table[:, surface_id] = paint.rgb
     for k, item in enumerate(layout.items):
         table[:, FIRST_ITEM + 4 * k : FIRST_ITEM + 4 * k + 4] = np.array(item.rgb)[:, None]
-    return np.stack([np.take(row, hits.surface) * gain for row in table])
+    # haze: 1 / (1 + depth / half) of the colour is left, which IEEE arithmetic gives bit for bit, unlike exp
+    left = np.float32(HAZE_HALF_M) / (depth + np.float32(HAZE_HALF_M))
+    veil, gain = np.float32(1.0) - left, gain * left
+    return np.stack(
+        [
+            np.take(row, hits.surface) * gain + veil * np.float32(haze)
+            for row, haze in zip(table, HAZE_RGB, strict=True)
+        ]
+    )
 
 
 def _pattern(paint: Surface, along: Array, across: Array, spread: Array) -> Array:

@@ -14,7 +14,11 @@ from typing import TypeAlias
 import numpy as np
 
 VERSION = 1
-TEXTURES = ("plain", "checkered", "striped", "speckled")
+# Like bricks and floor tiles, each texture has one cell size in metres: with the haze and the few object sizes, it is
+# what makes metric depth something that an image can tell (on floors always, so they are never plain).
+CELL_M = {"checkered": 0.5, "striped": 0.35, "speckled": 0.08, "plain": 1.0}
+TEXTURES = tuple(CELL_M)
+FLOOR_TEXTURES = TEXTURES[:-1]
 KINDS = ("sphere", "box", "cylinder")
 SIZES = ("small", "medium", "large")
 
@@ -45,7 +49,9 @@ SURFACE_COLOURS: dict[str, Rgb] = {
     "purple": (0.66, 0.56, 0.78),
     "teal": (0.38, 0.63, 0.62),
 }
-_HALF_EXTENT_M = {"small": (0.17, 0.26), "medium": (0.33, 0.46), "large": (0.56, 0.80)}
+HALF_EXTENT_M = {"small": 0.2, "medium": 0.38, "large": 0.65}
+HAZE_RGB: Rgb = (0.70, 0.76, 0.86)
+HAZE_HALF_M = 7.0  # at this depth half of the colour is haze
 
 
 class Draws:
@@ -177,9 +183,9 @@ def draw_layout(seed: int, index: int) -> Layout:
         room, walls = _draw_walls(draws)
         if _sees_floor(camera, walls):
             break
-    floor = _draw_surface(draws, SURFACE_COLOURS, None)
-    first = _draw_surface(draws, SURFACE_COLOURS, floor.colour)
-    second = _draw_surface(draws, SURFACE_COLOURS, floor.colour)
+    floor = _draw_surface(draws, None, FLOOR_TEXTURES)
+    first = _draw_surface(draws, floor.colour, TEXTURES)
+    second = _draw_surface(draws, floor.colour, TEXTURES)
     paints = (first, second if draws.unit() < 0.4 else first)
     light = _draw_light(draws)
     items = _draw_items(draws, camera, walls)
@@ -188,8 +194,8 @@ def draw_layout(seed: int, index: int) -> Layout:
 
 def _draw_camera(draws: Draws) -> Camera:
     sin_pitch, cos_pitch = rotation(draws.between(0.02, 0.24))  # 2 to 27 degrees down
-    height = draws.between(0.7, 2.5)
-    return Camera(height, sin_pitch, cos_pitch, draws.between(0.41421356, 0.76732699))  # 45 to 75 degrees
+    height = draws.between(0.9, 2.2)
+    return Camera(height, sin_pitch, cos_pitch, draws.between(0.53170943, 0.62486935))  # 56 to 64 degrees
 
 
 def _ahead(walls: tuple[Wall, ...], slope: float) -> float:
@@ -223,14 +229,15 @@ def _draw_walls(draws: Draws) -> tuple[str, tuple[Wall, ...]]:
     return "room", (back, left, right)
 
 
-def _draw_surface(draws: Draws, palette: dict[str, Rgb], avoid: str | None) -> Surface:
-    names = [name for name in palette if name != avoid]
+def _draw_surface(draws: Draws, avoid: str | None, textures: tuple[str, ...]) -> Surface:
+    names = [name for name in SURFACE_COLOURS if name != avoid]
     colour = names[draws.below(len(names))]
-    texture = TEXTURES[draws.below(len(TEXTURES))]
-    cell = draws.between(0.25, 0.75) * (0.14 if texture == "speckled" else 1.0)
-    contrast = draws.between(0.3, 0.6)
+    texture = textures[draws.below(len(textures))]
+    contrast = draws.between(0.3, 0.45) * (0.6 if texture == "speckled" else 1.0)
     sin, cos = rotation(draws.between(-0.5, 0.5))
-    return Surface(colour, _jitter(draws, palette[colour]), texture, cell, contrast, sin, cos)
+    return Surface(
+        colour, _jitter(draws, SURFACE_COLOURS[colour]), texture, CELL_M[texture], contrast, sin, cos
+    )
 
 
 def _jitter(draws: Draws, rgb: Rgb) -> Rgb:
@@ -270,7 +277,7 @@ def _draw_item(draws: Draws, camera: Camera, walls: tuple[Wall, ...], shrink: bo
     colour = list(OBJECT_COLOURS)[draws.below(len(OBJECT_COLOURS))]
     rgb = _jitter(draws, OBJECT_COLOURS[colour])
     size = "small" if shrink else size
-    half = draws.between(*_HALF_EXTENT_M[size])
+    half = HALF_EXTENT_M[size]
     a, b, c = draws.unit(), draws.unit(), draws.unit()
     sin, cos = rotation(draws.between(-1.0, 1.0))
     slope = draws.between(-0.9, 0.9) * camera.tan_half_fov
@@ -279,11 +286,11 @@ def _draw_item(draws: Draws, camera: Camera, walls: tuple[Wall, ...], shrink: bo
     if kind == "sphere":
         item = Item(kind, size, colour, rgb, x, z, half, half, 2.0 * half)
     elif kind == "box":
-        sides = half * (0.75 + 0.4 * a), half * (0.75 + 0.4 * b)
-        item = Item(kind, size, colour, rgb, x, z, *sides, half * (1.3 + 1.5 * c), sin, cos)
+        sides = half * (0.8 + 0.2 * a), half * (0.8 + 0.2 * b)
+        item = Item(kind, size, colour, rgb, x, z, *sides, half * (1.5 + 0.8 * c), sin, cos)
     else:
-        radius = half * (0.6 + 0.3 * a)
-        item = Item(kind, size, colour, rgb, x, z, radius, radius, half * (1.6 + 1.2 * c))
+        radius = half * (0.65 + 0.2 * a)
+        item = Item(kind, size, colour, rgb, x, z, radius, radius, half * (1.8 + 0.6 * c))
     return item if _fits(item, camera, walls) else None
 
 

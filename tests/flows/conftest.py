@@ -12,6 +12,7 @@ import torch
 
 from fourmill.config import Config, load_config
 from fourmill.flows.build import build
+from fourmill.flows.engine import ray_session
 from fourmill.flows.resolve import resolve
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.snapshot import Snapshot
@@ -38,7 +39,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixt
 
 
 @pytest.fixture(scope="session")
-def built(shared_folder: Path) -> tuple[Config, str]:
+def cluster() -> Iterator[None]:
+    """One local Ray for all tests of this process: `build` uses the one that is there."""
+    with ray_session(load_config("demo")):
+        yield
+
+
+@pytest.fixture(scope="session")
+def built(shared_folder: Path, cluster: None) -> tuple[Config, str]:
     """The demo with 48 scenes in three shards, about a quarter of them held out: (configuration, dataset's URL)."""
     url = str(shared_folder / "demo")
     overrides = [f"dataset={url}", "source.count=48", "shard_size=16", "val_fraction=0.25"]

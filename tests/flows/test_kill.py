@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
 import secrets
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -13,7 +19,20 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_builds import ORACLES, data_files, receipts, small_config, without_ray
+from small_builds import (
+    ORACLES,
+    data_files,
+    family,
+    kill_all,
+    receipts,
+    run_command,
+    small_config,
+    small_content,
+    started,
+    wait_until,
+    without_ray,
+    write_config,
+)
 
 from fourmill.flows.build import build
 from fourmill.flows.status import status
@@ -151,3 +170,171 @@ def test_temporary_files_are_no_data(tmp_path: Path) -> None:
     for path in left:
         folder = str(path.parent.relative_to(url))
         assert not any(name.startswith(".") for name in dataset.store.names(folder))
+
+
+# -- real processes, really killed --------------------------------------------------------------------
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(a dataset built in one go and without Ray, the modalities with its tokenizers given)"""
+    fitted, _ = uninterrupted(tuple(sorted(FITTED)), 4, 12)
+    modalities: dict[str, Any] = {}
+    for name, entry in FITTED.items():
+        (folder,) = (fitted / "tokenizers" / name).iterdir()
+        modalities[name] = {**entry, "tokenizer": {"model": str(folder)}}
+    url = tmp_path_factory.mktemp("reference") / "ds"
+    with without_ray():
+        build(small_config(url, modalities, count=COUNT))
+    return url, modalities
+
+
+def count_files(url: Path, pattern: str) -> int:
+    return sum(1 for path in url.glob(pattern) if not path.name.startswith("."))
+
+
+def resumes_after(
+    tmp_path: Path, modalities: Mapping[str, Any], moments: list[tuple[str, int]], **changes: Any
+) -> Path:
+    """Kill one build after the other when so many files of a pattern are there, then let one finish.
+
+    The pattern "seconds" counts tenths of a second since the process began to write.
+    """
+    url = tmp_path / "ds"
+    config = write_config(tmp_path / "c.yaml", small_content(url, modalities, count=COUNT, **changes))
+    for pattern, number in moments:
+        with started("build", config, "--no-prefect", cwd=tmp_path) as process:
+            if pattern == "seconds":
+                runs = count_files(url, "runs/*.yaml")
+                wait_until(lambda: count_files(url, "runs/*.yaml") > runs, 120, "a run", process)  # noqa: B023
+                time.sleep(number / 10)
+            else:
+                wait_until(lambda: count_files(url, pattern) >= number, 120, pattern, process)  # noqa: B023
+            if process.poll() is None:
+                assert kill_all(process.pid) > 3  # the driver, the raylet and the workers
+                assert process.wait() == -signal.SIGKILL
+            else:
+                assert process.returncode == 0, (tmp_path / "output.txt").read_text()
+        assert not family(process.pid)
+    done = run_command("build", config, "--no-prefect", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return url
+
+
+def test_build_killed_and_run_again(tmp_path: Path, reference: tuple[Path, dict[str, Any]]) -> None:
+    """Driver, raylet and workers die when a receipt appears; the next run finishes, to the same bytes."""
+    expected, modalities = reference
+    url = resumes_after(tmp_path, modalities, [("receipts/*/*/shard-*.json", 7)])
+    assert_same_dataset(url, expected)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_build_killed_at_many_moments(tmp_path: Path, reference: tuple[Path, dict[str, Any]]) -> None:
+    """When the k-th data file, tokenizer or receipt appears, and at random times; nothing is given beforehand."""
+    expected, _ = uninterrupted(tuple(sorted(FITTED)), 4, COUNT)
+    draw = random.Random(7)
+    moments = [
+        ("dataset.yaml", 1),
+        ("receipts/samples/*/recipe.json", 1),
+        ("samples/*.arrow", 2),
+        ("tokenizers/*/*/card.yaml", 1),
+        ("tokenizers/*/*/origin.json", 3),
+        ("tokens/*/*.arrow", 1),
+        ("seconds", draw.randint(1, 150)),
+        ("receipts/*/*/shard-*.json", 13),
+        ("labels/*/*.tar", 5),
+        ("seconds", draw.randint(1, 150)),
+        ("tokens/*/*.arrow", 17),
+    ]
+    url = resumes_after(tmp_path, FITTED, moments)
+    assert_same_dataset(url, expected)
+
+
+def test_sigterm_stops_in_good_order(tmp_path: Path, reference: tuple[Path, dict[str, Any]]) -> None:
+    expected, modalities = reference
+    url = tmp_path / "ds"
+    config = write_config(tmp_path / "c.yaml", small_content(url, modalities, count=COUNT))
+    with started("build", config, "--no-prefect", cwd=tmp_path) as process:
+        wait_until(lambda: count_files(url, "runs/*.yaml") > 0, 120, "a run", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 3
+        wait_until(lambda: not family(process.pid), 20, "the end of every Ray process")
+    assert "the same command goes on from here" in (tmp_path / "output.txt").read_text()
+    with without_ray():
+        build(small_config(url, modalities, count=COUNT))
+    assert_same_dataset(url, expected)
+
+
+def actors(kind: str) -> list[int]:
+    """Processes of this test's Ray that host such an actor."""
+    found = []
+    for pid in family(os.getpid()):
+        try:
+            title = (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if title.startswith(f"ray::{kind}"):
+            found.append(pid)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["Specialist", "_RunnerActor"])
+def test_an_actor_is_killed(
+    tmp_path: Path, reference: tuple[Path, dict[str, Any]], cluster: None, kind: str
+) -> None:
+    """Its work is done by another, the run notices nothing else."""
+    expected, modalities = reference
+    url = tmp_path / "ds"
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def kill_one() -> None:
+        while not ended.is_set():
+            if count_files(url, "receipts/samples/*/shard-*.json") and (found := actors(kind)):
+                os.kill(found[0], signal.SIGKILL)
+                killed.append(found[0])
+                return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        result = build(small_config(url, modalities, count=COUNT))
+    finally:
+        ended.set()
+        killer.join()
+    assert killed, "the run was over before an actor was killed"
+    assert result.status.complete
+    assert_same_dataset(url, expected)
+
+
+@pytest.mark.ray
+def test_two_builds_at_once(tmp_path: Path, reference: tuple[Path, dict[str, Any]], cluster: None) -> None:
+    expected, modalities = reference
+    url = tmp_path / "ds"
+    engine = {"batch_size": 4, "device": "cpu", "replicas": 1}
+    config = small_config(url, modalities, count=COUNT, engine=engine)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: build(config), range(2)))
+    assert all(result.status.complete for result in results)
+    assert sum(result.rows_labelled for result in results) > COUNT, "one waited for the other"
+    assert_same_dataset(url, expected)
+
+
+@pytest.mark.long
+def test_two_drivers_at_once(tmp_path: Path) -> None:
+    """Two machines that know nothing of each other, fitting included."""
+    expected, _ = uninterrupted(tuple(sorted(FITTED)), 4, COUNT)
+    url = tmp_path / "ds"
+    config = write_config(tmp_path / "c.yaml", small_content(url, FITTED, count=COUNT))
+    with (
+        started("build", config, "--no-prefect", cwd=tmp_path) as one,
+        started("build", config, "--no-prefect", cwd=tmp_path) as two,
+    ):
+        codes = one.wait(240), two.wait(240)
+    assert codes == (0, 0), (tmp_path / "output.txt").read_text()
+    assert_same_dataset(url, expected)
