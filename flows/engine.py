@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from fourmill.flows.specialist import MicroBatch, MicroResult, Specialist
 
 CALL_ATTEMPTS = 4  # of one micro-batch, when the actors that try it die
 RUNNER_DEATHS = 4  # of runners that hold one shard, before it is parked
+REVIVAL_POLL_S = 0.2
+REVIVAL_S = 120.0  # an actor that died is back by then, or will not be
 
 #: called with (rows done, rows in all)
 OnProgress = Callable[[int, int], None]
@@ -92,19 +95,35 @@ class _RunnerActor:
                         raise
                 finally:
                     self._busy[actor] -= 1
-                time.sleep(0.5 * attempt)
-                actor, future = self._send(group, reference, labels, tokens)
+                actor, future = self._send(group, reference, labels, tokens, wait=True)
             raise AssertionError("unreachable")
 
         return Call(result)
 
     def _send(
-        self, group: int, reference: Any, labels: Sequence[str], tokens: Sequence[str]
+        self, group: int, reference: Any, labels: Sequence[str], tokens: Sequence[str], wait: bool = False
     ) -> tuple[Any, Any]:
-        """To the least busy specialist of the group."""
+        """To the least busy specialist of the group; ``wait`` until it is up, where one has just died."""
         actor = min(self._groups[group], key=lambda a: self._busy.get(a, 0))
+        if wait:
+            wait_until_up(actor.ready)
         self._busy[actor] = self._busy.get(actor, 0) + 1
         return actor, actor.process.remote(reference, labels, tokens)
+
+
+def wait_until_up(method: Any) -> None:
+    """Call an actor's method until it answers. RayActorError where it is dead for good, or not back in time."""
+    import ray
+
+    end = time.monotonic() + REVIVAL_S
+    while True:
+        try:
+            ray.get(method.remote())
+            return
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(REVIVAL_POLL_S)
 
 
 def device_of(config: Config) -> str:
@@ -206,52 +225,83 @@ def run_jobs(resolved: Resolved, plan: Plan, on_progress: OnProgress) -> EngineR
     with ray_session(resolved.config):
         pool = Pool(resolved, min(2, len(plan.jobs)), plan.listing)
         try:
-            _drive(pool, resolved.config, plan.jobs, plan.shards, report, on_progress)
+            driver = _Driver(pool, resolved.config.engine.max_attempts, plan.jobs, report)
+            total = sum(plan.shards[job.shard] for job in plan.jobs)
+            while driver.step():
+                on_progress(report.rows + _underway(driver.running), total)
+            on_progress(report.rows, total)
         finally:
             pool.close()
     return report
 
 
-def _drive(
-    pool: Pool,
-    config: Config,
-    jobs: list[Job],
-    rows_of: dict[int, int],
-    report: EngineReport,
-    on_progress: OnProgress,
-) -> None:
-    import ray
+class _Driver:
+    """Hands shards to runners, one each, and takes back reports. What fails is tried again, then parked."""
 
-    total = sum(rows_of[job.shard] for job in jobs)
-    queue = list(reversed(jobs))
-    attempts: dict[int, int] = {}
-    deaths: dict[int, int] = {}
-    idle = list(pool.runners)
-    running: dict[Any, tuple[Any, Job]] = {}
-    while queue or running:
-        while queue and idle:
-            job, runner = queue.pop(), idle.pop()
-            running[runner.run.remote(job)] = (runner, job)
-        done, _ = ray.wait(list(running), timeout=0.5)
+    def __init__(self, pool: Pool, max_attempts: int, jobs: Sequence[Job], report: EngineReport) -> None:
+        self._max_attempts, self._report = max_attempts, report
+        self._queue = list(reversed(jobs))
+        self._idle: list[Any] = list(pool.runners)
+        self.running: dict[Any, tuple[Any, Job]] = {}  # what it will report -> (runner, job)
+        self._reviving: dict[Any, Any] = {}  # the answer it will give once it is there again -> runner
+        self._attempts: Counter[int] = Counter()
+        self._deaths: Counter[int] = Counter()
+
+    def step(self) -> bool:
+        """Hand out what can be, wait a moment for what comes back; False once nothing is left."""
+        import ray
+
+        while self._queue and self._idle:
+            job, runner = self._queue.pop(), self._idle.pop()
+            self.running[runner.run.remote(job)] = (runner, job)
+        waiting = [*self.running, *self._reviving]
+        done, _ = ray.wait(waiting, timeout=0.5) if waiting else ([], [])
         for future in done:
-            runner, job = running.pop(future)
-            idle.append(runner)
-            try:
-                report.add(ray.get(future))
-            except ray.exceptions.RayActorError as error:
-                deaths[job.shard] = deaths.get(job.shard, 0) + 1
-                if deaths[job.shard] >= RUNNER_DEATHS:
-                    _park(report, job, f"its runner died {RUNNER_DEATHS} times: {_first_line(error)}")
-                else:
-                    queue.append(job)
-            except ray.exceptions.RayTaskError as error:
-                cause = root_cause(error)
-                attempts[job.shard] = attempts.get(job.shard, 0) + 1
-                if attempts[job.shard] >= config.engine.max_attempts or _is_final(cause):
-                    _park(report, job, f"{type(cause).__name__}: {_first_line(cause)}")
-                else:
-                    queue.append(job)
-        on_progress(report.rows + _underway(running), total)
+            if future in self._reviving:
+                self._revived(future, self._reviving.pop(future))
+            else:
+                self._finished(future, *self.running.pop(future))
+        return bool(self._queue or self.running)
+
+    def _finished(self, future: Any, runner: Any, job: Job) -> None:
+        import ray
+
+        try:
+            self._report.add(ray.get(future))
+            self._idle.append(runner)
+        except ray.exceptions.RayActorError as error:
+            self._deaths[job.shard] += 1
+            self._again(
+                job, self._deaths[job.shard] >= RUNNER_DEATHS, f"its runner died: {_first_line(error)}"
+            )
+            self._reviving[runner.progress.remote()] = runner
+        except ray.exceptions.RayTaskError as error:
+            cause = root_cause(error)
+            self._attempts[job.shard] += 1
+            final = self._attempts[job.shard] >= self._max_attempts or _is_final(cause)
+            self._again(job, final, f"{type(cause).__name__}: {_first_line(cause)}")
+            self._idle.append(runner)
+
+    def _revived(self, future: Any, runner: Any) -> None:
+        """A runner that died gets work again when it answers, not while Ray is still starting it."""
+        import ray
+
+        try:
+            ray.get(future)
+            self._idle.append(runner)
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(REVIVAL_POLL_S)
+            self._reviving[runner.progress.remote()] = runner
+        except ray.exceptions.RayActorError as error:  # for good
+            if not (self._idle or self.running or self._reviving):
+                while self._queue:
+                    _park(self._report, self._queue.pop(), f"no runner is left: {_first_line(error)}")
+
+    def _again(self, job: Job, final: bool, why: str) -> None:
+        if final:
+            _park(self._report, job, why)
+        else:
+            self._queue.append(job)
 
 
 def _underway(running: dict[Any, tuple[Any, Job]]) -> int:

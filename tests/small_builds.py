@@ -178,9 +178,10 @@ def started(*arguments: str | Path, cwd: Path, **env: str) -> Iterator[subproces
 
 
 def family(pid: int) -> list[int]:
-    """A process and all its descendants, with whatever else shares its session."""
+    """A process and all its descendants, with whatever else shares its session; those that still run."""
     parents: dict[int, int] = {}
     sessions: dict[int, int] = {}
+    zombies: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -188,17 +189,18 @@ def family(pid: int) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended while we looked
             parents[int(entry.name)], sessions[int(entry.name)] = int(fields[1]), int(fields[3])
+            zombies |= {int(entry.name)} if fields[0] == "Z" else set()
     found = {p for p, session in sessions.items() if session == pid} | ({pid} & parents.keys())
     while more := {p for p, parent in parents.items() if parent in found} - found:
         found |= more
-    return sorted(found)
+    return sorted(found - zombies)
 
 
 def kill_all(pid: int) -> int:
     """SIGKILL to a process and its whole family; returns how many there were."""
     count = 0
     for _ in range(20):
-        alive = [p for p in family(pid) if _state(p) != "Z"]
+        alive = family(pid)
         if not alive:
             break
         count = max(count, len(alive))
@@ -209,13 +211,6 @@ def kill_all(pid: int) -> int:
                 continue
         time.sleep(0.1)
     return count
-
-
-def _state(pid: int) -> str:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "Z"
 
 
 def wait_until(

@@ -293,6 +293,12 @@ class VQVAE(Codec):
         latents = (weights @ codes[0, :, 0].T).transpose(1, 2).unflatten(2, self.grid)  # codes (1, D, 1, K)
         return list(self.space.to_labels(self.network.decode(latents).float()))
 
+    @torch.inference_mode()
+    def code_vectors(self) -> Tensor:
+        """float32 (K, D): the point in latent space that each token id stands for."""
+        ids = torch.arange(self.modality.vocab_size, device=self.device).view(1, 1, -1)
+        return self.network.quantizer.lookup(ids)[0, :, 0].T.clone()
+
     def freeze(self) -> VQVAE:
         """Round the weights to what `save` stores, so that this codec and its saved copy give the same bits."""
         self.network.half().float().eval().requires_grad_(False)

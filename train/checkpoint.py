@@ -2,7 +2,8 @@
 
     OUT/checkpoints/step-00000200/
       model.safetensors, config.json       the model: all that generation needs
-      optimizer.safetensors                both moments and the step count of every parameter
+      optimizer.safetensors                of every parameter what its optimizer keeps: AdamW's both moments and step
+                                           count, Muon's average
       state.json                           step, position in the data, configuration, snapshot, versions,
                                            and size and sha256 of the other files
 
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 import fourmill
 from fourmill.errors import CheckpointError, FourmillError
 from fourmill.train.model import FourMill
+from fourmill.train.optimizer import Optimizers, moments
 from fourmill.train.order import Position
 from fourmill.train.presets import ModelConfig
 from fourmill.train_config import TrainConfig
@@ -38,7 +40,6 @@ from fourmill.train_config import TrainConfig
 FORMAT = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{8})")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _log = logging.getLogger("fourmill.train")
 
 
@@ -63,9 +64,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def save(
-    out_dir: Path, model: FourMill, optimizer: torch.optim.Optimizer, state: TrainState, keep: int
-) -> Path:
+def save(out_dir: Path, model: FourMill, optimizer: Optimizers, state: TrainState, keep: int) -> Path:
     """Write a checkpoint, then remove all but the newest ``keep``. Returns its folder."""
     parent = out_dir / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
@@ -136,16 +135,17 @@ def check_same_run(state: TrainState, snapshot: str, config: TrainConfig, out_di
             )
 
 
-def restore(folder: Path, model: FourMill, optimizer: torch.optim.Optimizer) -> None:
+def restore(folder: Path, model: FourMill, optimizer: Optimizers) -> None:
     """Put a checkpoint's weights and moments into a model and its optimizer."""
     _load_weights(folder, model)
     tensors = _read(folder / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
+        owner = optimizer.owner(parameter)
         try:
-            entry = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
+            entry = {moment: tensors[f"{moment}.{name}"] for moment in moments(owner)}
         except KeyError as error:
             raise CheckpointError(f"{folder}/optimizer.safetensors lacks {error}; remove {folder}") from error
-        optimizer.state[parameter] = {moment: value.to(parameter.device) for moment, value in entry.items()}
+        owner.state[parameter] = {moment: value.to(parameter.device) for moment, value in entry.items()}
 
 
 def load_model(path: Path | str, device: str = "cpu") -> FourMill:
@@ -186,13 +186,14 @@ def _weights(model: FourMill) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _moments(model: FourMill, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _moments(model: FourMill, optimizer: Optimizers) -> dict[str, torch.Tensor]:
     def entries() -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in model.named_parameters():
-            state = optimizer.state.get(parameter)
+            owner = optimizer.owner(parameter)
+            state = owner.state.get(parameter)
             if not state:
                 raise FourmillError(f"the optimizer has no state for {name}; a checkpoint needs a step first")
-            for moment in _MOMENTS:
+            for moment in moments(owner):
                 yield f"{moment}.{name}", state[moment].contiguous()
 
     return dict(entries())

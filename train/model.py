@@ -10,7 +10,7 @@ is `scaled_dot_product_attention`; logits are computed only where a modality has
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +209,26 @@ class FourMill(nn.Module):
         for m, spec in enumerate(self.config.modalities):
             if spec.is_target:
                 _xavier(self.heads()[m], self.config.dim, spec.vocab_size, generator)
+
+    @torch.no_grad()
+    def start_from_codebooks(self, codebooks: Mapping[str, Tensor], seed: int) -> None:
+        """Let tokens of grids begin as random projections of their tokenizer's codes (V, d), with the usual spread.
+
+        What is learned of a token then holds for similar ones too, which counts where data or steps are few.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for m, spec in enumerate(self.config.modalities):
+            if spec.name not in codebooks:
+                continue
+            codes = codebooks[spec.name] - codebooks[spec.name].mean(dim=0)
+            codes = codes / codes.std().clamp_min(1e-6)
+            start = int(self.input_offset[m])
+            tables = [self.encoder_tokens.weight[start : start + spec.vocab_size]] if spec.is_input else []
+            tables += [self.heads()[m]] if spec.is_target else []
+            for table in tables:
+                spread = table.std() / codes.shape[1] ** 0.5
+                projection = torch.randn(codes.shape[1], self.config.dim, generator=generator)
+                table.copy_(codes @ projection * spread)
 
     # -- parts ----------------------------------------------------------------------------------------
 

@@ -27,8 +27,10 @@ from fourmill.errors import ConfigError, FourmillError, WorkMissing
 from fourmill.shards.snapshot import Snapshot
 from fourmill.train import checkpoint
 from fourmill.train.batches import Batch, BatchMaker, Samples
+from fourmill.train.codebooks import read_codebooks
 from fourmill.train.loss import loss_weights
 from fourmill.train.model import FourMill
+from fourmill.train.optimizer import Optimizers
 from fourmill.train.order import SampleOrder
 from fourmill.train.presets import model_config
 from fourmill.train.ranks import Ranks, autocast, join
@@ -96,14 +98,11 @@ class Trainer:
         self.maker = BatchMaker(self.samples, shape, config)
         self.model = FourMill(shape, config.seed).to(ranks.device)
         self.model.checkpoint_blocks = config.activation_checkpointing
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay),
-            lr=config.peak_lr,
-            betas=config.betas,
-            fused=True,
-        )
+        self.optimizer = Optimizers(self.model, config)
         self.step = 0
         self.resumed_from = self._resume()
+        if self.resumed_from is None and config.token_init == "codebook":
+            self.model.start_from_codebooks(read_codebooks(snapshot, shape), config.seed)
         self.wrapped: nn.Module = self.model
         if ranks.world > 1:
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -182,9 +181,7 @@ class Trainer:
         targets = [spec.is_target for spec in self.model.config.modalities]
         weights = torch.tensor(loss_weights(counts, targets, config.loss, config.count_absent), device=device)
         rate = learning_rate(self.step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.wrapped.train()
         sums = torch.zeros(len(targets), device=device)
         for number, batch in enumerate(batches):
@@ -203,7 +200,7 @@ class Trainer:
                 f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; lower train.lr or set "
                 f"train.clip_grad, and go on from the last checkpoint in {self.out_dir}"
             )
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.step += 1
         return StepOutcome(sums, counts, loss, norm, rate, [batch.real_share for batch in batches])
 
@@ -256,15 +253,6 @@ class StepBatches(Dataset[list[Batch]]):
         index, visits = self.order.samples(step * config.batch_size + self.rank * share, share)
         size = config.micro_batch or share
         return [self.maker(index[at : at + size], visits[at : at + size]) for at in range(0, share, size)]
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The matrices of linear layers decay; norms, biases, token tables, positions and other embeddings don't."""
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    for parameter in model.parameters():
-        groups[id(parameter) not in matrices].append(parameter)
-    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -51,6 +51,7 @@ class Settings:
     lr: float = 1e-3
     weight_decay: float = 0.05
     seed: int = 0
+    init: Path | None = None  # a checkpoint to go on from, at half the learning rate
     dense: float = 1.0  # weight of the geometry head
     phrase: float = 10.0  # weight of the phrase head
     patch_match: float = 0.5  # weight of matching the mean patch token with the caption
@@ -107,6 +108,12 @@ def make_model(num_words: int) -> Any:
         "projection_dim": PROJECTION,
     }
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
+
+
+def _load(folder: Path) -> Any:
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32)
 
 
 def make_processor() -> Any:
@@ -197,7 +204,7 @@ class Trainer:
     def __init__(self, settings: Settings, pool: Pool, tokenizer: Any) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.pool, self.tokenizer = settings, pool, tokenizer
-        self.model = make_model(len(tokenizer))
+        self.model = _load(settings.init).train() if settings.init else make_model(len(tokenizer))
         self.phrases = find_phrases(pool.captions)
         self.dense_head = nn.Linear(PROJECTION, 4 * CELL_VALUES)
         self.phrase_head = nn.Linear(PROJECTION, len(self.phrases))
@@ -252,15 +259,17 @@ def train(settings: Settings, pool: Pool, held_out: Pool, tokenizer: Any) -> tup
     trainer = Trainer(settings, pool, tokenizer)
     seconds = settings.minutes * 60.0
     clock, images, epoch = Progress("clip (seconds)", seconds), 0, 0
+    started = time.process_time()  # of the processor: a busy machine takes longer and learns as much
     while True:
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(pool))
         epoch += 1
         for start in range(0, len(order) - settings.batch + 1, settings.batch):
-            spent = time.monotonic() - clock.started
+            spent = time.process_time() - started
             if spent >= seconds:
                 return trainer.model.eval(), images
             rows = np.sort(order[start : start + settings.batch])
-            losses = trainer.step(rows, settings.lr * one_cycle(spent / seconds))
+            lr = settings.lr * one_cycle(spent / seconds) * (0.5 if settings.init else 1.0)
+            losses = trainer.step(rows, lr)
             images += settings.batch
             note = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             clock.tick(
@@ -331,19 +340,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="how long to train")
+    parser.add_argument("--minutes", type=float, default=defaults.minutes, help="processor time to train for")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     parser.add_argument("--scenes", type=int, default=defaults.scenes, help="how many scenes to train on")
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--init", type=Path, help="a checkpoint folder to go on from")
     parser.add_argument(
         "--cache", type=Path, help="where rendered scenes are kept (default: the temporary folder)"
     )
     args = parser.parse_args()
-    settings = Settings(minutes=args.minutes, scenes=args.scenes, seed=args.seed)
+    settings = Settings(minutes=args.minutes, scenes=args.scenes, seed=args.seed, init=args.init)
     torch.set_num_threads(1)
     pool = open_pool(TRAIN_SEED, settings.scenes, SIZE, args.cache)
     held_out = open_pool(HELD_OUT_SEED, HELD_OUT_COUNT, SIZE, args.cache)
-    tokenizer = make_tokenizer(pool.captions)
+    if settings.init:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(settings.init)
+    else:
+        tokenizer = make_tokenizer(pool.captions)
     model, images = train(settings, pool, held_out, tokenizer)
     save_half(model, args.out)
     make_processor().save_pretrained(args.out)
@@ -353,9 +368,9 @@ def main() -> None:
 
 def report(folder: Path, settings: Settings, images: int, pool: Pool, held_out: Pool) -> None:
     """Measures the checkpoint as it is on disk, and writes its card."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer
 
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = _load(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     metrics: dict[str, Any] = retrieval(model, tokenizer, held_out)
     metrics["patch_class_linear_probe_accuracy"] = patch_probe(model, tokenizer, pool, held_out)
@@ -366,7 +381,8 @@ def report(folder: Path, settings: Settings, images: int, pool: Pool, held_out: 
         "params": count_params(model),
         "licence": "Apache-2.0",
         "trained_on": f"scenes version 1, seed {TRAIN_SEED}, {settings.scenes} images ({images} seen)",
-        "command": f"python -m fourmill.flows.specialists.clip --minutes {settings.minutes:g} --out DIR",
+        "command": f"python -m fourmill.flows.specialists.clip --minutes {settings.minutes:g} --out DIR"
+        + (" --init PREVIOUS" if settings.init else ""),
         "held_out": {"scenes": f"seed {HELD_OUT_SEED}, {HELD_OUT_COUNT} images at {SIZE} px", **metrics},
     }
     write_card(folder, card)

@@ -79,7 +79,8 @@ class TrainConfig(_Section):
     min_lr: float = Field(default=0.0, ge=0)  # where the cosine ends
     warmup_steps: int = Field(default=50, ge=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices; AdamW for all else
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     clip_grad: float | None = Field(default=None, gt=0)  # largest norm of the gradient; None: no clipping
     seed: int = Field(default=0, ge=0)
     num_input_tokens: int = Field(default=128, ge=1)
@@ -89,6 +90,7 @@ class TrainConfig(_Section):
     )  # budgets are drawn from [min, num]; None: always num
     min_target_tokens: int | None = Field(default=None, ge=1)
     mixture: tuple[MixtureComponent, ...] = Field(default_factory=default_mixture, min_length=1)
+    token_init: Literal["random", "codebook"] = "random"  # codebook: similar codes of a tokenizer begin alike
     inputs: tuple[str, ...] | None = None  # modality names; None: all that can be inputs
     targets: tuple[str, ...] | None = None  # None: all that can be targets
     loss: Literal["mod", "token"] = "mod"

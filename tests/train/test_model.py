@@ -17,9 +17,9 @@ from fourmill.errors import CheckpointError
 from fourmill.train.batches import Batch, BatchMaker, Samples
 from fourmill.train.loss import loss_weights
 from fourmill.train.model import FourMill, decoder_mask
+from fourmill.train.optimizer import Optimizers
 from fourmill.train.positions import sincos_1d, sincos_2d
 from fourmill.train.presets import PRESETS, ModalitySpec, ModelConfig, model_config
-from fourmill.train.trainer import parameter_groups
 from fourmill.train_config import MixtureComponent, TrainConfig
 
 GRID = ModalitySpec("rgb", "grid", 16, 16, True, True)
@@ -192,11 +192,38 @@ def test_a_fast_beginning(snapshot_of: Callable[..., Any]) -> None:
     assert torch.equal(block.cross_attention.projections.weight[:32], torch.eye(32))
 
 
+def test_tokens_begin_as_projections_of_their_codes() -> None:
+    """Equal codes begin alike in both tables, with the spread that the configuration gives; other tables are left alone."""
+    other = replace(GRID, name="depth")
+    model = FourMill(replace(TINY, modalities=(other, GRID), token_std=1.0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    codes = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+    codes[5] = codes[9]
+    model.start_from_codebooks({"rgb": codes}, seed=0)
+    for table in (model.encoder_tokens.weight, model.decoder_tokens.weight):
+        rgb = table[16:].detach()
+        assert torch.equal(rgb[5], rgb[9]) and not torch.equal(rgb[5], rgb[8])
+        assert torch.linalg.matrix_rank(rgb, rtol=1e-4) == 3
+    assert model.encoder_tokens.weight[16:].std().item() == pytest.approx(1.0, rel=0.3)
+    head = before["decoder_tokens.weight"][16:].std().item()
+    assert model.heads()[1].std().item() == pytest.approx(head, rel=0.3)
+    after = model.state_dict()
+    for name, value in before.items():
+        same = after[name][:16] if name.endswith("tokens.weight") else after[name]
+        assert torch.equal(same, value[:16] if name.endswith("tokens.weight") else value)
+    again = FourMill(replace(TINY, modalities=(other, GRID), token_std=1.0))
+    again.start_from_codebooks({"rgb": codes}, seed=0)
+    assert all(
+        torch.equal(one, two) for one, two in zip(after.values(), again.state_dict().values(), strict=True)
+    )
+
+
 def test_decay_is_by_kind_and_not_by_name() -> None:
     """A modality called norm... must decay like any other; tables and norms never do."""
     vector = ModalitySpec("normal_bias", "vector", 16, 4, True, True)
     model = FourMill(replace(TINY, modalities=(vector, replace(GRID, name="norm.rgb"))))
-    decayed, rest = parameter_groups(model, 0.05)
+    (optimizer,) = Optimizers(model, TrainConfig(weight_decay=0.05)).parts
+    decayed, rest = optimizer.param_groups
     assert decayed["weight_decay"] == 0.05 and rest["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(decayed["params"]) + len(rest["params"]) == len(names)

@@ -49,10 +49,12 @@ def _stop_after(step: int) -> tuple[Callable[[dict[str, Any]], None], Callable[[
     return lambda record: seen.append(record["step"]), lambda: seen[-1] >= step
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    snapshot_of: SnapshotOf, config: TrainConfig, tmp_path: Path
+    snapshot_of: SnapshotOf, config: TrainConfig, tmp_path: Path, optimizer: str
 ) -> None:
-    """Bit for bit: weights, both moments, and every logged loss, hence every mask and every sample."""
+    """Bit for bit: weights, moments, and every logged loss, hence every mask and every sample."""
+    config = _changed(config, optimizer=optimizer)
     snapshot = snapshot_of(
         rows=30, absent=0.1, n_crops=2
     )  # 24 training samples: resumes inside the second epoch
