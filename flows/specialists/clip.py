@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fourmill.flows.specialists.folder import adamw, count_params, one_cycle, save_half, write_card
+from fourmill.flows.specialists.folder import (
+    adamw,
+    count_params,
+    milliseconds,
+    one_cycle,
+    save_half,
+    write_card,
+)
 from fourmill.flows.specialists.pool import (
     HELD_OUT_COUNT,
     HELD_OUT_SEED,
@@ -323,18 +330,6 @@ def patch_probe(model: Any, tokenizer: Any, pool: Pool, held_out: Pool) -> float
     return round(float(((x_new @ weights).argmax(1) == y_new).double().mean()), 4)
 
 
-def milliseconds(model: Any) -> float:
-    """CPU time of the vision tower per image at batch 16, one thread."""
-    pixels = torch.zeros(16, 3, SIZE, SIZE)
-    times = []
-    with torch.inference_mode():
-        for _ in range(12):
-            start = time.process_time()
-            image_tokens(model, pixels)
-            times.append(time.process_time() - start)
-    return round(1000.0 * float(np.median(times)) / 16, 2)
-
-
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(
@@ -374,7 +369,7 @@ def report(folder: Path, settings: Settings, images: int, pool: Pool, held_out: 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     metrics: dict[str, Any] = retrieval(model, tokenizer, held_out)
     metrics["patch_class_linear_probe_accuracy"] = patch_probe(model, tokenizer, pool, held_out)
-    metrics["cpu_ms_per_image_at_batch_16"] = milliseconds(model)
+    metrics["cpu_ms_per_image_at_batch_16"] = milliseconds(lambda pixels: image_tokens(model, pixels), SIZE)
     card = {
         "name": "clip",
         "architecture": f"CLIPModel, patch {PATCH} at {SIZE} px, projection_dim {PROJECTION}",

@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fourmill.flows.specialists.folder import adamw, count_params, one_cycle, save_half, write_card
+from fourmill.flows.specialists.folder import (
+    adamw,
+    count_params,
+    milliseconds,
+    one_cycle,
+    save_half,
+    write_card,
+)
 from fourmill.flows.specialists.pool import (
     HELD_OUT_COUNT,
     HELD_OUT_SEED,
@@ -349,17 +356,6 @@ def _matched(found: Boxes, truth: Boxes) -> int:
     return hits
 
 
-def milliseconds(model: Any) -> float:
-    """CPU time per image at batch 16, one thread."""
-    pixels, times = torch.zeros(16, 3, SIZE, SIZE), []
-    with torch.inference_mode():
-        for _ in range(12):
-            start = time.process_time()
-            model(pixels)
-            times.append(time.process_time() - start)
-    return round(1000.0 * float(np.median(times)) / 16, 2)
-
-
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(
@@ -398,7 +394,7 @@ def report(folder: Path, settings: Settings, images: int, held_out: Pool) -> Non
         "held_out": {
             "scenes": f"seed {HELD_OUT_SEED}, {HELD_OUT_COUNT} images at {SIZE} px",
             **measure(model, held_out),
-            "cpu_ms_per_image_at_batch_16": milliseconds(model),
+            "cpu_ms_per_image_at_batch_16": milliseconds(model, SIZE),
         },
     }
     write_card(folder, card)
