@@ -85,9 +85,10 @@ def label(
 ) -> None:
     """Make and keep labels (as WebDataset tars), without tokens; later tokens spend no forward pass on them."""
     from fourmill.config import load_config
+    from fourmill.modality import SOURCE_MODALITIES
 
     known = load_config(config, overrides).modalities
-    names = _known(modality, known) or list(known)
+    names = _known(modality, known) or [name for name in known if name not in SOURCE_MODALITIES]
     _build(config, overrides, no_prefect, limit=limit, shards=_range(shards), only_labels=names)
 
 
