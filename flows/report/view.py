@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,8 @@ class View:
     _columns: dict[tuple[str, int], Column | None] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, url: str, snapshot: str | None) -> View:
-        """The snapshot by its digest, or what the newest run asked for where it is None."""
+    def open(cls, url: str, snapshot: str | None, only: Collection[str] | None = None) -> View:
+        """The snapshot by its digest, or what the newest run asked for where it is None; ``only`` these modalities."""
         dataset = Dataset(url)
         run = latest_run(dataset)
         config = check_config({**run["config"], "dataset": url}, f"{url}/runs")
@@ -98,6 +98,8 @@ class View:
         pinned = Snapshot.load(url, snapshot) if snapshot is not None else None
         view = _of_snapshot(pinned, config, resolved) if pinned else _of_run(dataset, run, config, resolved)
         for name, short in view.tokenizers.items():
+            if only is not None and name not in only:
+                continue
             folder = dataset.tokenizer_folder(name, short)
             view.codecs[name] = load_codec(folder, view.modalities[name], view.image_size)
             view.modalities[name] = view.codecs[name].modality
