@@ -41,7 +41,7 @@ def test_round_trips_are_as_good_as_the_cards_say(name: str, figure: str, bound:
     assert value > bound / slack if larger else value < bound * slack
     held_out = yaml.safe_load((folder / "card.yaml").read_text())["held_out"]
     assert held_out[figure] > bound if larger else held_out[figure] < bound
-    assert held_out["codebook_use"] > 0.9
+    assert held_out["codebook_use"] > 0.85
 
 
 @pytest.mark.parametrize("name", ["rgb", "depth", "normal", "semseg", "clip", "caption", "det"])
