@@ -271,9 +271,8 @@ class _Driver:
             self._idle.append(runner)
         except ray.exceptions.RayActorError as error:
             self._deaths[job.shard] += 1
-            self._again(
-                job, self._deaths[job.shard] >= RUNNER_DEATHS, f"its runner died: {_first_line(error)}"
-            )
+            count = self._deaths[job.shard]
+            self._again(job, count >= RUNNER_DEATHS, f"its runner died {count} times: {_first_line(error)}")
             self._reviving[runner.progress.remote()] = runner
         except ray.exceptions.RayTaskError as error:
             cause = root_cause(error)

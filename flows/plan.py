@@ -7,14 +7,15 @@ is the next `shard_size` rows that no committed shard holds, so an interrupted r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fourmill.errors import ConfigError, SourceError
 from fourmill.flows.resolve import Resolved
 from fourmill.seeds import generator
 from fourmill.shards.dataset import SAMPLES, Dataset
-from fourmill.shards.receipts import Recipe
+from fourmill.shards.receipts import Receipt, Recipe
+from fourmill.shards.samples import DUPLICATE
 from fourmill.shards.sources.base import Row
 
 
@@ -154,18 +155,9 @@ def _allot(resolved: Resolved, dataset: Dataset | None, digest: str) -> tuple[Al
         seen = {(r.source["digest"], r.source["rows_total"]) for r in receipts.values()}
         if seen == {(digest, sum(committed.values()))}:
             return {}, committed, 0  # nothing new: no row is listed, no samples file read
-    frozen: Counter[str] = Counter()
-    for receipt in receipts.values():
-        assert dataset is not None
-        frozen.update(dataset.table(receipt.file).column("key").to_pylist())
-    seen_keys = set(frozen)
-    fresh: list[tuple[Row, bool]] = []
-    for row in resolved.source.rows():
-        if frozen[row.key] > 0:
-            frozen[row.key] -= 1
-            continue
-        fresh.append((row, row.key in seen_keys))
-        seen_keys.add(row.key)
+    fresh, vanished = _fresh_rows(
+        resolved.source.rows(), [_frozen_rows(dataset, r) for r in receipts.values()]
+    )
     if not fresh and not receipts:
         raise SourceError(f"source {resolved.source.identity()} lists no image")
     size = resolved.config.shard_size
@@ -180,7 +172,50 @@ def _allot(resolved: Resolved, dataset: Dataset | None, digest: str) -> tuple[Al
             frozenset(i for i, (_, twice) in enumerate(part) if twice),
         )
         number += 1
-    return new, committed, sum(frozen.values())
+    return new, committed, vanished
+
+
+#: a committed row: (key, position, whether it was a second row with its key)
+Frozen = tuple[str, str, bool]
+
+
+def _frozen_rows(dataset: Dataset | None, receipt: Receipt) -> list[Frozen]:
+    assert dataset is not None
+    table = dataset.table(receipt.file).select(["key", "position", "status"])
+    keys, positions, states = (column.to_pylist() for column in table.columns)
+    return [(k, p, s == DUPLICATE) for k, p, s in zip(keys, positions, states, strict=True)]
+
+
+def _fresh_rows(
+    listed: Iterable[Row], committed: Iterable[Sequence[Frozen]]
+) -> tuple[list[tuple[Row, bool]], int]:
+    """Listed rows that no shard holds, each with whether its key is another row's; how many committed rows vanished.
+
+    A row is known by key and position, and by its key alone where its file has changed since: of two rows with one
+    key, the second may have been committed before the first.
+    """
+    exact: Counter[tuple[str, str]] = Counter()
+    taken: set[str] = set()
+    for rows in committed:
+        exact.update((key, position) for key, position, _ in rows)
+        taken.update(key for key, _, twice in rows if not twice)
+    unmatched: list[Row] = []
+    for row in listed:
+        if exact[row.key, row.position] > 0:
+            exact[row.key, row.position] -= 1
+        else:
+            unmatched.append(row)
+    changed: Counter[str] = Counter()
+    for (key, _), count in exact.items():
+        changed[key] += count
+    fresh: list[tuple[Row, bool]] = []
+    for row in unmatched:
+        if changed[row.key] > 0:
+            changed[row.key] -= 1
+        else:
+            fresh.append((row, row.key in taken))
+            taken.add(row.key)
+    return fresh, sum(changed.values())
 
 
 def fit_shards(resolved: Resolved, shards: dict[int, int]) -> frozenset[int]:

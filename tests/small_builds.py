@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from fourmill.config import Config, check_config
+from fourmill.flows import cli
 from fourmill.flows.engine import EngineReport
 from fourmill.flows.plan import Plan
 from fourmill.flows.resolve import Resolved
 from fourmill.flows.runner import Call, Runner
 from fourmill.flows.specialist import MicroBatch, Specialist
+from fourmill.shards.sources.scenes import render
 
 #: what ends up in the dataset and must not depend on how often a run was interrupted
 DATA_FOLDERS = ("samples", "tokens", "labels", "tokenizers")
@@ -61,6 +65,22 @@ def small_config(
     return check_config(small_content(dataset, modalities, count=count, **changes), "test")
 
 
+def with_tokenizers(dataset: Path | str, modalities: Mapping[str, Any]) -> dict[str, Any]:
+    """The modalities, with the tokenizers that another dataset's build made (one of each) given by path."""
+    folders = {name: list((Path(dataset) / "tokenizers" / name).iterdir()) for name in modalities}
+    assert all(len(found) == 1 for found in folders.values()), folders
+    return {n: {**dict(e or {}), "tokenizer": {"model": str(folders[n][0])}} for n, e in modalities.items()}
+
+
+def write_images(folder: Path, names: Sequence[str], seed: int = 1, size: int = 64) -> None:
+    """Rendered scenes as image files, with captions beside them; a name decides its picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        scene = render(seed, int(sha256(name.encode()).hexdigest()[:6], 16), size)
+        Image.fromarray(scene.image).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(scene.caption)
+
+
 def write_config(path: Path, content: Mapping[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(dict(content), sort_keys=False))
     return path
@@ -97,7 +117,8 @@ def run_jobs_here(resolved: Resolved, plan: Plan, on_progress: Callable[[int, in
 
 @contextmanager
 def without_ray() -> Iterator[None]:
-    """`build` runs its jobs in this process."""
+    """`build` runs its jobs in this process, with one thread as everywhere."""
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fourmill.flows.build.run_jobs", run_jobs_here)
         yield
@@ -149,6 +170,17 @@ def environment(**more: str) -> dict[str, str]:
     """One thread per process, no Prefect server of the machine's."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RAY_"))}
     return kept | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1"} | more
+
+
+def call_main(*arguments: str | Path) -> int:
+    """The command line in this process, without Ray and without Prefect: its exit status."""
+    with without_ray(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fourmill", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            return int(leaving.code or 0)
+    return 0
 
 
 def run_command(

@@ -30,6 +30,7 @@ from small_builds import (
     small_content,
     started,
     wait_until,
+    with_tokenizers,
     without_ray,
     write_config,
 )
@@ -181,10 +182,7 @@ COUNT = 24
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """(a dataset built in one go and without Ray, the modalities with its tokenizers given)"""
     fitted, _ = uninterrupted(tuple(sorted(FITTED)), 4, 12)
-    modalities: dict[str, Any] = {}
-    for name, entry in FITTED.items():
-        (folder,) = (fitted / "tokenizers" / name).iterdir()
-        modalities[name] = {**entry, "tokenizer": {"model": str(folder)}}
+    modalities = with_tokenizers(fitted, FITTED)
     url = tmp_path_factory.mktemp("reference") / "ds"
     with without_ray():
         build(small_config(url, modalities, count=COUNT))
@@ -213,7 +211,8 @@ def resumes_after(
             else:
                 wait_until(lambda: count_files(url, pattern) >= number, 120, pattern, process)  # noqa: B023
             if process.poll() is None:
-                assert kill_all(process.pid) > 3  # the driver, the raylet and the workers
+                count = kill_all(process.pid)
+                assert count > 3 or not pattern.startswith("receipts")  # driver, raylet and workers
                 assert process.wait() == -signal.SIGKILL
             else:
                 assert process.returncode == 0, (tmp_path / "output.txt").read_text()
