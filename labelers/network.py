@@ -98,6 +98,7 @@ def load_pretrained(
     """A network in float32 and evaluation mode, with every weight from the checkpoint, or `CheckpointError`."""
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     arguments: dict[str, Any] = {**checkpoint.kwargs(), "use_safetensors": True, "dtype": torch.float32}
     if attention != "auto":
@@ -107,7 +108,7 @@ def load_pretrained(
             network, info = getattr(transformers, auto_class).from_pretrained(
                 checkpoint.source, output_loading_info=True, **arguments
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{where}: cannot load {expected} from {checkpoint.source}: {type(error).__name__}: {reason}"

@@ -58,10 +58,19 @@ class Normal(NetworkLabeler):
         ):
             raise ConfigError(f"{self.where}.axis_signs: {signs!r} is not three signs such as [1, -1, -1]")
 
+    def describe(self) -> Modality:
+        self._check_channels()
+        return NORMAL
+
     def load(self) -> None:
+        self._check_channels()
         super().load()
-        channels = self.network.config.num_labels
-        if channels != 3 and self._choose(self.config()) == "AutoModelForSemanticSegmentation":
+
+    def _check_channels(self) -> None:
+        """A segmentation head's channels are its labels; transformers takes two where config.json names none."""
+        config = self.config()
+        channels = len(config.get("id2label") or ()) or int(config.get("num_labels", 2))
+        if channels != 3 and self._choose(config) == "AutoModelForSemanticSegmentation":
             raise CheckpointError(
                 f"{self.where}.model: {self.weights.source} has {channels} output channels; {self.expected} is expected"
             )

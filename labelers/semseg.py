@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +31,10 @@ SEMSEG = Modality(
         frame="id into the class names",
     ),
 )
+
+#: what the channels of a normals network are called, and what transformers calls classes without a name
+AXES = {"x", "y", "z"}
+_NO_NAME = re.compile(r"LABEL_\d+")
 
 
 @register("semseg")
@@ -65,6 +70,11 @@ class Semseg(NetworkLabeler):
             raise CheckpointError(
                 f"{where}: {self.weights.source} has {len(names)} classes with ids up to {max(names)}; "
                 "ids must run from 0 without gaps and fit 8 bits"
+            )
+        if set(names.values()) == AXES or all(_NO_NAME.fullmatch(name) for name in names.values()):
+            raise CheckpointError(
+                f"{where}: {self.weights.source} has no classes but the channels {', '.join(names.values())[:80]}; "
+                f"{self.expected} whose config.json names its classes (id2label) is expected"
             )
         return tuple(names.values())
 

@@ -45,7 +45,8 @@ def predict(
     """One label per row of ``inputs`` (see `generate`), in the contract of the target's modality.
 
     ``expectation``: one parallel pass gives the probabilities of all codes at all places, and the codec decodes their
-    mean: the best guess of a model that is not sure, and without chance. Codecs without a codebook get ``greedy``.
+    mean: the best guess of a model that is not sure, and without chance. Classes have no mean (halfway between two
+    lies a third): class maps, and codecs without a codebook, get ``greedy``.
     ``greedy``: the most probable token at each place. ``sample``: the mean of the labels of ``samples`` draws (of class
     maps each pixel's most frequent class; of unit vectors the mean's direction), each drawn in ``steps`` passes.
 
@@ -80,7 +81,7 @@ def _predict(
     if spec.is_sequence:
         temperature = 1.0 if how == "sample" else 0.0
         return codec.decode(generate(model, inputs, target, seed=seed, keys=keys, temperature=temperature))
-    if how == "expectation" and isinstance(codec, HasCodebook):
+    if how == "expectation" and isinstance(codec, HasCodebook) and not _is_classes(codec.modality.contract):
         return codec.decode_expected(probabilities(model, inputs, target))
     if how != "sample":
         return codec.decode(list(generate(model, inputs, target, keys=keys, steps=steps)))
@@ -95,7 +96,7 @@ def _predict(
 def average(labels: tuple[np.ndarray, ...], contract: LabelContract) -> np.ndarray:
     """The mean of maps or vectors of one row, as its contract has it; of class ids the most frequent, of equals the lowest."""
     stack = np.stack(labels)
-    if contract.classes or contract.units == "class id":
+    if _is_classes(contract):
         values = np.unique(stack)
         votes = np.stack([(stack == value).sum(0) for value in values])
         return values[votes.argmax(0)].astype(contract.dtype)
@@ -107,6 +108,10 @@ def average(labels: tuple[np.ndarray, ...], contract: LabelContract) -> np.ndarr
     if np.issubdtype(np.dtype(contract.dtype), np.integer):
         mean = np.rint(mean)
     return mean.astype(contract.dtype)
+
+
+def _is_classes(contract: LabelContract) -> bool:
+    return bool(contract.classes) or contract.units == "class id"
 
 
 def _check(model: FourMill, target: str, codec: Codec, how: str, samples: int) -> None:

@@ -75,8 +75,7 @@ def _relation(
 
 
 def _surface(paint: Surface, noun: str) -> str:
-    texture = "" if paint.texture == "plain" else f"{paint.texture} "
-    return f"a {texture}{paint.colour} {noun}"
+    return f"a {paint.texture} {paint.colour} {noun}"
 
 
 def _walls(layout: Layout) -> str:

@@ -300,8 +300,6 @@ def shade(layout: Layout, rays: Rays, hits: Hits, size: int) -> Array:
     paints = [layout.floor, *(layout.paints[wall.paint] for wall in layout.walls)]
     flat_surface, flat_gain = hits.surface.ravel(), gain.ravel()
     for surface_id, paint in enumerate(paints):
-        if paint.texture == "plain":
-            continue
         chosen = np.flatnonzero(flat_surface == surface_id)
         px, pz, near = x.ravel()[chosen], z.ravel()[chosen], depth.ravel()[chosen]
         scale = np.float32(1.0 / paint.cell_m)

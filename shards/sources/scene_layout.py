@@ -15,10 +15,10 @@ import numpy as np
 
 VERSION = 1
 # Like bricks and floor tiles, each texture has one cell size in metres: with the haze and the few object sizes, it is
-# what makes metric depth something that an image can tell (on floors always, so they are never plain).
-CELL_M = {"checkered": 0.5, "striped": 0.35, "speckled": 0.08, "plain": 1.0}
+# what makes metric depth something that an image can tell. Floors have the coarse ones alone.
+CELL_M = {"checkered": 0.5, "striped": 0.35, "speckled": 0.08}
 TEXTURES = tuple(CELL_M)
-FLOOR_TEXTURES = TEXTURES[:-1]
+FLOOR_TEXTURES = TEXTURES[:2]
 KINDS = ("sphere", "box", "cylinder")
 SIZES = ("small", "medium", "large")
 

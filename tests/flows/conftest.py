@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from photographs import Photo, encoded, original, photographs
 
 from fourmill.config import Config, load_config
 from fourmill.flows.build import build
-from fourmill.flows.engine import ray_session
-from fourmill.flows.resolve import resolve
+from fourmill.flows.engine import EngineReport, OnProgress, ray_session
+from fourmill.flows.plan import Plan
+from fourmill.flows.resolve import Resolved, resolve
+from fourmill.flows.runner import Call, Runner
+from fourmill.flows.specialist import MicroBatch, Specialist
+from fourmill.seeds import key64, split_of
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.snapshot import Snapshot
 from fourmill.train.trainer import train_on
@@ -26,6 +33,32 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def run_here(resolved: Resolved, plan: Plan, on_progress: OnProgress) -> EngineReport:
+    """`run_jobs` in this process: the same runner and specialists, without the seconds that Ray takes to start."""
+    groups = [[resolved.wanted[n] for n in resolved.closure(group)] for group in resolved.groups()]
+    config = resolved.config
+    hosts = [Specialist(config.dataset, group, config.image_size, "cpu") for group in groups]
+
+    def submit(group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> Call:
+        result = hosts[group].process(batch, labels, tokens)
+        return Call(lambda: result)
+
+    runner = Runner(config, resolved.wanted, submit, hosts[0].ready())
+    runner.set_listing(*plan.listing)
+    report = EngineReport()
+    for job in plan.jobs:
+        report.add(runner.run(job))
+        on_progress(report.rows, sum(plan.shards.values()))
+    return report
+
+
+def build_here(config: Config) -> None:
+    """Build, without Ray; does nothing where it is done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fourmill.flows.build.run_jobs", run_here)
+        build(config)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +85,7 @@ def built(shared_folder: Path, cluster: None) -> tuple[Config, str]:
     overrides = [f"dataset={url}", "source.count=48", "shard_size=16", "val_fraction=0.25"]
     config = load_config("demo", overrides)
     with _locked(shared_folder):
-        build(config)  # does nothing where another process has done it
+        build_here(config)
     return config, url
 
 
@@ -81,3 +114,52 @@ def _brief_training() -> TrainConfig:
         steps=6, batch_size=8, lr=1e-3, warmup_steps=2, log_every=2, eval_every=3, device="cpu",
         num_input_tokens=64, num_target_tokens=64,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """A dataset of photographs. ``hostile`` is a held-out key full of markup, ``broken`` one without an image."""
+
+    config: Config
+    url: str
+    hostile: str
+    broken: str
+    caption: str  # of the hostile one
+
+
+@pytest.fixture(scope="session")
+def photographed(shared_folder: Path) -> Photographs:
+    """About ten photographs with demo tokenizers, no truth, and file names and captions that mean harm."""
+    url, folder = str(shared_folder / "photographs"), shared_folder / "photos"
+    hostile = next(k for k in (f"<script>alert({i})</script>" for i in count()) if _is_held_out(k))
+    broken = "[bold]<img src=x onerror=alert(7)>"
+    caption = '"><script>alert(8)</script> {{ 7 * 191 }} a cat'
+    overrides = [
+        f"dataset={url}",
+        f"source={{kind: folder, path: {folder}}}",
+        "shard_size=8",
+        "val_fraction=0.5",
+    ]
+    config = load_config("demo", overrides)
+    with _locked(shared_folder):
+        if not folder.exists():
+            chosen = [
+                p for p in photographs() if p.name.startswith(("people", "animals", "broken", "coffee"))
+            ]
+            cat = encoded(original("chelsea.png"), "JPEG")
+            _write_photos(folder, [*chosen, Photo(hostile, ".jpg", cat, caption), Photo(broken, ".jpg", b"")])
+        build_here(config)
+    return Photographs(config, url, hostile, broken, caption)
+
+
+def _is_held_out(key: str) -> bool:
+    return split_of(0, key64(key), 0.5) == "val"
+
+
+def _write_photos(folder: Path, chosen: list[Photo]) -> None:
+    for photo in chosen:
+        target = folder / f"{photo.name}{photo.ending}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(photo.data)
+        if photo.caption:
+            (folder / f"{photo.name}.txt").write_text(photo.caption)

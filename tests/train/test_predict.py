@@ -138,6 +138,13 @@ def test_a_codec_without_a_codebook_decodes_the_best_tokens(model: FourMill, inp
     assert predict(model, inputs, "depth", plain) == [" ".join(map(str, row)) for row in best]
 
 
+def test_class_maps_have_no_mean(model: FourMill, inputs: Any) -> None:
+    codec = codec_of("semseg", CLASSES)
+    labels = predict(model, inputs, "semseg", codec)
+    assert np.array_equal(labels, codec.decode(list(generate(model, inputs, "semseg"))))
+    assert not np.array_equal(labels, codec.decode_expected(probabilities(model, inputs, "semseg")))
+
+
 @pytest.mark.parametrize("how", ["expectation", "sample", "greedy"])
 def test_rows_do_not_depend_on_how_they_are_batched(model: FourMill, inputs: Any, how: Any) -> None:
     codec = codec_of("depth", DEPTH)
