@@ -117,7 +117,7 @@ def make_model(num_words: int) -> Any:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
     from transformers import CLIPModel
 
     return CLIPModel.from_pretrained(folder, dtype=torch.float32)
@@ -211,7 +211,7 @@ class Trainer:
     def __init__(self, settings: Settings, pool: Pool, tokenizer: Any) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.pool, self.tokenizer = settings, pool, tokenizer
-        self.model = _load(settings.init).train() if settings.init else make_model(len(tokenizer))
+        self.model = load(settings.init).train() if settings.init else make_model(len(tokenizer))
         self.phrases = find_phrases(pool.captions)
         self.dense_head = nn.Linear(PROJECTION, 4 * CELL_VALUES)
         self.phrase_head = nn.Linear(PROJECTION, len(self.phrases))
@@ -365,7 +365,7 @@ def report(folder: Path, settings: Settings, images: int, pool: Pool, held_out: 
     """Measures the checkpoint as it is on disk, and writes its card."""
     from transformers import AutoTokenizer
 
-    model = _load(folder).eval()
+    model = load(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     metrics: dict[str, Any] = retrieval(model, tokenizer, held_out)
     metrics["patch_class_linear_probe_accuracy"] = patch_probe(model, tokenizer, pool, held_out)

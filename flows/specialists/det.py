@@ -113,7 +113,7 @@ def _wake(model: Any) -> None:
     nn.init.xavier_uniform_(model.decoder.query_pos_head.layers[-1].weight)
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
     from transformers import AutoModelForObjectDetection
 
     return AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32)
@@ -229,7 +229,7 @@ class Trainer:
     def __init__(self, settings: Settings, pool: Pool) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.pool = settings, pool
-        model = _load(settings.init) if settings.init else make_model()
+        model = load(settings.init) if settings.init else make_model()
         self.model, self.head = model.train(), DenseHead()
         self.model.to(memory_format=torch.channels_last)
         self.optimizer = adamw([self.model, self.head], settings.lr, settings.weight_decay)
@@ -324,18 +324,9 @@ def detect(model: Any, images: np.ndarray, min_score: float = 0.0) -> list[Boxes
     return found
 
 
-def truth_boxes(pool: Pool) -> list[Boxes]:
-    """The pool's boxes, with score 1."""
-    truth = []
-    for xyxy, classes in zip(pool.boxes, pool.box_classes, strict=True):
-        here = classes >= 0
-        truth.append(Boxes(xyxy[here], classes[here], np.ones(here.sum(), np.float32)))
-    return truth
-
-
 def measure(model: Any, pool: Pool) -> dict[str, float]:
     """AP50 over all queries; precision and recall of the boxes with a score of at least 0.5 (IoU 0.5, right class)."""
-    found, truth = detect(model, pool.image), truth_boxes(pool)
+    found, truth = detect(model, pool.image), pool.truth_boxes()
     sure = [boxes.keep(boxes.scores >= 0.5) for boxes in found]
     right = sum(_matched(a, b) for a, b in zip(sure, truth, strict=True))
     return {
@@ -382,7 +373,7 @@ def main() -> None:
 
 def report(folder: Path, settings: Settings, images: int, held_out: Pool) -> None:
     """Measures the checkpoint as it is on disk, and writes its card."""
-    model = _load(folder).eval()
+    model = load(folder).eval()
     card = {
         "name": "det",
         "architecture": f"RTDetrForObjectDetection, ResNet of two stages, {SIZE} px, classes {', '.join(DET_CLASSES)}",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fourmill.labels import Boxes
 from fourmill.shards.sources.scenes import SCENE_CLASSES, VERSION, render
 
 TRAIN_SEED, HELD_OUT_SEED, HELD_OUT_COUNT = 1000, 2000, 256
@@ -40,6 +41,14 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def truth_boxes(self) -> list[Boxes]:
+        """Each scene's boxes, with score 1."""
+        truth = []
+        for xyxy, classes in zip(self.boxes, self.box_classes, strict=True):
+            here = classes >= 0
+            truth.append(Boxes(xyxy[here], classes[here], np.ones(here.sum(), np.float32)))
+        return truth
 
     def first(self, count: int) -> Pool:
         """The first scenes alone."""

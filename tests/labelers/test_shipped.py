@@ -76,7 +76,10 @@ METRICS: dict[str, tuple[Metric, str]] = {
 }
 #: the least and the most that is let through
 GATES: dict[str, tuple[float, float]] = {
-    "det": (0.4, 1.0),
+    "depth": (0.0, 0.09),
+    "normal": (0.0, 7.0),
+    "semseg": (0.8, 1.0),
+    "det": (0.6, 1.0),
 }
 
 

@@ -35,7 +35,7 @@ def scenes() -> list[Scene]:
 
 @pytest.mark.parametrize(
     ("task", "metric", "limit"),
-    [("depth", "abs_rel", 0.30), ("normal", "mean_angular_error_deg", 12.0), ("semseg", "mean_iou", 0.82)],
+    [("depth", "abs_rel", 0.07), ("normal", "mean_angular_error_deg", 6.0), ("semseg", "mean_iou", 0.85)],
 )
 def test_shipped_checkpoints_are_as_good_as_their_cards(
     task: str, metric: str, limit: float, scenes: list[Scene]
