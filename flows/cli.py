@@ -174,10 +174,9 @@ def report(
     metric_samples: Annotated[int, typer.Option(min=1, help="held-out samples to measure on")] = 128,
 ) -> None:
     """An HTML page with pictures: every link of the chain side by side, and a number for each."""
-    from fourmill.flows.report import make_report, numbers_table
+    from fourmill.flows.demo import write_report
 
-    made = make_report(dataset, model, samples=samples, metric_samples=metric_samples)
-    console.print(numbers_table(made.numbers))
+    made = write_report(dataset, model, samples=samples, metric_samples=metric_samples)
     console.print(f"report: {made.path}", soft_wrap=True)
 
 
