@@ -14,7 +14,8 @@ from fourmill.shards.dataset import SAMPLES
 from fourmill.shards.receipts import Receipt
 from fourmill.shards.samples import OK
 
-PHASES = ("decode", "wait", "forward", "tokenize", "write")
+#: of a job; while a runner waits, its specialists are in `forward` and `tokenize`, so waiting is not counted again
+PHASES = ("decode", "forward", "tokenize", "write")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,6 @@ class SetAside:
     reason: str
     shard: int
     row: int
-    position: str
 
 
 def set_aside(view: View, limit: int) -> list[SetAside]:
@@ -57,12 +57,10 @@ def _receipts(view: View, column: str) -> Iterator[Receipt]:
 def _no_image(view: View) -> Iterator[SetAside]:
     for receipt in _receipts(view, SAMPLES):
         if receipt.absent:
-            table = view.dataset.table(receipt.file).select(["key", "status", "position"])
-            for row, (key, status, at) in enumerate(
-                zip(*(c.to_pylist() for c in table.columns), strict=True)
-            ):
+            table = view.dataset.table(receipt.file).select(["key", "status"])
+            for row, (key, status) in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
                 if status != OK:
-                    yield SetAside(key, SAMPLES, status, receipt.shard, row, at)
+                    yield SetAside(key, SAMPLES, status, receipt.shard, row)
 
 
 def _no_value(view: View, name: str) -> Iterator[SetAside]:
@@ -71,10 +69,10 @@ def _no_value(view: View, name: str) -> Iterator[SetAside]:
         if sum(receipt.absent.values()) <= sum(samples.absent.values()):
             continue  # nothing but the rows that have no image
         reasons = view.dataset.table(receipt.file).column("reason").to_pylist()
-        table = view.dataset.table(samples.file).select(["key", "status", "position"])
-        for row, (key, status, at) in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
+        table = view.dataset.table(samples.file).select(["key", "status"])
+        for row, (key, status) in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
             if status == OK and reasons[row] is not None:
-                yield SetAside(key, name, reasons[row], receipt.shard, row, at)
+                yield SetAside(key, name, reasons[row], receipt.shard, row)
 
 
 def is_fault(reason: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 
 from fourmill import __version__
 from fourmill.errors import CheckpointError, WorkMissing
+from fourmill.flows.engine import device_of
 from fourmill.flows.report.chain import chain_png
 from fourmill.flows.report.links import LABEL, MODEL, TRUTH, Links, Progress, Shown, fit_baselines, follow
 from fourmill.flows.report.measures import family_of, measure_class, targets_of
@@ -63,6 +64,8 @@ def make_report(
     say, progress = say or _silent, progress or _still
     trained = open_model(model) if model is not None else None
     view = View.open(dataset_url, _snapshot_of(dataset_url, trained, snapshot))
+    if trained is not None:
+        trained.model.to(device_of(view.config))
     chosen, shown_from = _choose(view, max(1, samples, metric_samples))
     measured = chosen[: max(1, metric_samples)] if shown_from == "val" else []
     say(f"{len(measured)} held-out samples to measure on, {min(samples, len(chosen))} to show")

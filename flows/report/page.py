@@ -31,7 +31,6 @@ from fourmill.flows.report.view import Trained, View
 from fourmill.flows.status import Status, human_bytes
 from fourmill.labels import Absent, Boxes, Label
 from fourmill.shards.dataset import SAMPLES
-from fourmill.shards.sources.base import Row
 
 ROW_TITLES = {
     LABEL: ("label", "what the labeler says"),
@@ -254,12 +253,9 @@ class Page:
 
     def _thumbnail(self, one: SetAside) -> str | None:
         """A small picture of a row that has an image but no label; None where it can't be read now."""
-        sample, *_ = self.view.find(one.key)
-        if sample is None:
-            return None
-        reader = Reader(self.view, [])
+        reader, sample = Reader(self.view, []), self.view.sample(one.shard, one.row)
         try:
-            raw = next(iter(self.view.resolved.source.read([Row(one.key, one.position)])))
+            raw = next(iter(self.view.resolved.source.read([sample.source_row])))
             picture = reader.picture(reader.frame(sample, raw), sample)
         except (FourmillError, OSError):
             return None

@@ -155,6 +155,10 @@ class View:
                 return sample, entry, shard, row
         raise DatasetError(f"{self.dataset.url} has no sample with the key {key!r}")
 
+    def sample(self, shard: int, row: int) -> Sample:
+        """A readable row by its place."""
+        return sample_of(self.dataset.samples(shard).slice(row, 1).to_pylist()[0], shard, row)
+
     def column(self, name: str, shard: int) -> Column | None:
         """One shard of a modality, None where it is not finished. The last few stay open."""
         at = (name, shard)
