@@ -79,7 +79,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def built(shared_folder: Path, cluster: None) -> tuple[Config, str]:
+def built(shared_folder: Path) -> tuple[Config, str]:
     """The demo with 48 scenes in three shards, about a quarter of them held out: (configuration, dataset's URL)."""
     url = str(shared_folder / "demo")
     overrides = [f"dataset={url}", "source.count=48", "shard_size=16", "val_fraction=0.25"]
