@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,13 @@ Built = tuple[Config, str]
 
 
 @pytest.fixture(scope="module")
-def report(built: Built, trained: Path) -> ReportResult:
-    return make_report(built[1], trained, samples=3)
+def report(built: Built, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportResult:
+    """Three samples shown, all measured; its files are copied, for other tests write theirs in the same place."""
+    made = make_report(built[1], trained, samples=3)
+    kept = tmp_path_factory.mktemp("report") / "reports"
+    shutil.copytree(Path(built[1]) / "reports", kept)
+    assert (made.path, made.chain) == (f"{built[1]}/reports/index.html", f"{built[1]}/reports/chain.png")
+    return replace(made, path=str(kept / "index.html"), chain=str(kept / "chain.png"))
 
 
 @pytest.fixture(scope="module")
