@@ -246,7 +246,7 @@ def kill_all(pid: int) -> int:
 
 
 def wait_until(
-    condition: Callable[[], bool], seconds: float, what: str, process: subprocess.Popen[str] | None = None
+    condition: Callable[[], bool], seconds: float, what: str, process: subprocess.Popen[Any] | None = None
 ) -> None:
     """Poll quickly; fails after ``seconds``. Comes back early where ``process`` has ended."""
     end = time.monotonic() + seconds
@@ -255,3 +255,7 @@ def wait_until(
             return
         assert time.monotonic() < end, f"waited {seconds} s in vain for {what}"
         time.sleep(0.01)
+
+
+if __name__ == "__main__":  # `python -m small_builds build ...`: the command line of a process without Ray
+    sys.exit(call_main(*sys.argv[1:]))
