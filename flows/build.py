@@ -17,7 +17,7 @@ import yaml
 
 from fourmill import __version__
 from fourmill.config import Config
-from fourmill.errors import SourceError, WorkMissing
+from fourmill.errors import ConfigError, SourceError, WorkMissing
 from fourmill.flows.engine import EngineReport, run_jobs
 from fourmill.flows.fitting import fit_tokenizers, needs_labels
 from fourmill.flows.interrupts import interruptible
@@ -60,6 +60,7 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
     """Make what is missing. Raises WorkMissing when something still is, once all that could be done is done."""
     with interruptible():
         resolved = resolve(config)
+        _check_storage(config)
         if not Store(config.dataset).exists("dataset.yaml"):
             make_plan(resolved, None)  # an empty source is refused before the dataset exists
         dataset = Dataset.create(config.dataset, resolved.identity)
@@ -74,6 +75,17 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
             _say_plan(plan)
             _run(resolved, dataset, plan, "Label and tokenize", stage, total)
     return _finish(resolved, dataset, options, total)
+
+
+def _check_storage(config: Config) -> None:
+    """Two writers must not both win. Local links and stores in memory keep that; of others it is found out."""
+    store = Store(config.dataset)
+    if store.is_local or config.engine.single_writer or store.probe_conditional_put():
+        return
+    raise ConfigError(
+        f"{config.dataset} lets a second writer replace a receipt (no conditional put); use another store, or set "
+        "engine.single_writer: true and never run two builds of it"
+    )
 
 
 def _plan(resolved: Resolved, dataset: Dataset, options: BuildOptions) -> Plan:
