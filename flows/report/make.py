@@ -69,8 +69,8 @@ def make_report(
     chosen, shown_from = _choose(view, max(1, samples, metric_samples))
     measured = chosen[: max(1, metric_samples)] if shown_from == "val" else []
     say(f"{len(measured)} held-out samples to measure on, {min(samples, len(chosen))} to show")
-    training = view.choose("train", BASELINE_SAMPLES)
-    baselines = fit_baselines(view, training) if measured else {}
+    training = view.choose("train", BASELINE_SAMPLES) if measured and trained else []
+    baselines = fit_baselines(view, training)  # which only a model has to beat
     links = follow(view, trained, measured or chosen[:samples], samples, baselines, progress)
     stands = status(view.dataset)
     numbers = _numbers(view, trained, links, stands, measured=len(measured), trained_on=len(training))

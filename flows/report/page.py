@@ -209,7 +209,7 @@ class Page:
     def modalities(self) -> Iterator[dict[str, Any]]:
         for name, one in self.status.modalities.items():
             wanted = self.view.resolved.wanted.get(name)
-            reasons = self.status.reasons.get(name, {})
+            reasons = {r: n - self.no_image.get(r, 0) for r, n in self.status.reasons.get(name, {}).items()}
             yield {
                 "name": name,
                 "labeler": (wanted.labeler or "source") if wanted else "",
@@ -221,9 +221,14 @@ class Page:
                 "rows": one.rows,
                 "absent": one.absent,
                 "size": human_bytes(one.bytes),
-                "reasons": reasons,
+                "reasons": {reason: rows for reason, rows in reasons.items() if rows > 0},
                 "errors": self.status.parked.get(name, {}),
             }
+
+    @property
+    def no_image(self) -> dict[str, int]:
+        """Rows of the source without an image, by reason; they are absent in every modality."""
+        return self.status.reasons.get(SAMPLES, {})
 
     def _token_text(self, name: str) -> str:
         modality = self.view.modalities.get(name)
