@@ -138,15 +138,27 @@ def status_report(report: Status, url: str) -> Group:
     done = "[green]complete[/green]" if report.complete else "[yellow]work missing[/yellow]"
     head = Text.from_markup(f"{report.samples} samples in {report.shards} shards, {done}")
     parts: list[Any] = [Text(url, style="bold"), head, status_table(report)]
+    for column, reasons in own_reasons(report).items():
+        shown = ", ".join(f"{reason} ({rows})" for reason, rows in reasons.items())
+        parts.append(Text(f"no image: {shown}" if column == SAMPLES else f"no {column}: {shown}"))
     if report.rejected:
-        parts.append(Text(f"{report.rejected} samples set aside:"))
-    for column, reasons in report.reasons.items():
-        for reason, rows in reasons.items():
-            parts.append(Text(f"  {column}: {rows} x {reason}"))
+        parts.append(
+            Text(f"{report.rejected} samples set aside in all; the reasons stand in the files, row by row")
+        )
     for column, shards in report.parked.items():
         for shard, error in shards.items():
             parts.append(Text(f"  parked: {column} shard {shard}: {error}", style="yellow"))
     return Group(*parts)
+
+
+def own_reasons(report: Status) -> dict[str, dict[str, int]]:
+    """Why rows have no value, by column; a row without an image counts under samples alone."""
+    none = report.reasons.get(SAMPLES, {})
+    found = {SAMPLES: none}
+    for column, reasons in report.reasons.items():
+        if column != SAMPLES:
+            found[column] = {r: n - none.get(r, 0) for r, n in reasons.items() if n > none.get(r, 0)}
+    return {column: reasons for column, reasons in found.items() if reasons}
 
 
 def status_table(report: Status) -> Table:
