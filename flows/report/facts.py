@@ -71,12 +71,8 @@ def _no_value(view: View, name: str) -> Iterator[SetAside]:
         reasons = view.dataset.table(receipt.file).column("reason").to_pylist()
         table = view.dataset.table(samples.file).select(["key", "status"])
         for row, (key, status) in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
-            if status == OK and reasons[row] is not None:
+            if status == OK and reasons[row] is not None and reasons[row] not in NOT_A_FAULT:
                 yield SetAside(key, name, reasons[row], receipt.shard, row)
-
-
-def is_fault(reason: str) -> bool:
-    return reason not in NOT_A_FAULT
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import yaml
 
 from fourmill.errors import FourmillError
 from fourmill.flows.report.curve import Chart, loss_chart
-from fourmill.flows.report.facts import SetAside, Work, is_fault, read_records, set_aside, work_of
+from fourmill.flows.report.facts import SetAside, Work, read_records, set_aside, work_of
 from fourmill.flows.report.links import LABEL, MODEL, ROUND_TRIP, TRUTH, Links, Reader, Shown
 from fourmill.flows.report.measures import FIGURES, first_text, measure_class
 from fourmill.flows.report.pictures import (
@@ -251,7 +251,6 @@ class Page:
                     "where": where,
                     "reason": one.reason,
                     "src": src,
-                    "fault": is_fault(one.reason),
                 }
             )
         return out
