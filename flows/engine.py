@@ -26,6 +26,7 @@ from fourmill.flows.specialist import MicroBatch, MicroResult, Specialist
 
 CALL_ATTEMPTS = 4  # of one micro-batch, when the actors that try it die
 RUNNER_DEATHS = 4  # of runners that hold one shard, before it is parked
+RAY_STARTS = 3  # before a machine that is too busy is given up
 REVIVAL_POLL_S = 0.2
 REVIVAL_S = 120.0  # an actor that died is back by then, or will not be
 
@@ -149,18 +150,33 @@ def ray_session(config: Config) -> Iterator[None]:
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     if address == "local":
         options["object_store_memory"] = 512 * 2**20
-    try:
-        ray.init(
-            address=address, logging_level="ERROR", log_to_driver=False, configure_logging=False, **options
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"engine.address: cannot reach Ray at {address!r}: {' '.join(str(error).split())}"
-        ) from error
+    options |= {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+    _start_ray(address, options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(address: str, options: dict[str, Any]) -> None:
+    import ray
+
+    for attempt in range(1, RAY_STARTS + 1):
+        try:
+            ray.init(address=address, **options)
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise ConfigError(f"engine.address: cannot reach Ray at {address!r}: {why}") from error
+        except (
+            Exception
+        ) as error:  # a bare one, where a busy machine needs more than 30 s for Ray's processes
+            ray.shutdown()
+            if attempt == RAY_STARTS:
+                raise FourmillError(
+                    f"Ray did not start in {RAY_STARTS} attempts: {_first_line(error)}; try again when this machine "
+                    "is less busy, or give the address of a running cluster as engine.address"
+                ) from error
 
 
 class Pool:

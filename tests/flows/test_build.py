@@ -250,22 +250,22 @@ def test_a_file_that_cannot_be_read_parks_its_shard_alone(
     assert build(config).status.complete
 
 
-PLUGIN = '''
+PLUGIN = """
 from pathlib import Path
+import numpy as np
 from fourmill.labelers.base import Labeler
 from fourmill.modality import LabelContract, Modality
 
 class Grumpy(Labeler):
-    """The mean brightness of an image; refuses one image until a file says otherwise."""
-    modality = Modality(name="mood", kind="scalar", codec="mood_codec",
-                        contract=LabelContract(form="scalar", dtype="float32", flip="none"))
+    contract = LabelContract(form="map", dtype="float32", low=0.0, high=255.0)
+    modality = Modality(name="mood", kind="grid", codec="vqvae", contract=contract)
     options = {"mended": ""}
 
     def label(self, batch):
         if "00000006" in batch.keys and not Path(self.params["mended"]).exists():
             raise RuntimeError("not in the mood for 00000006")
-        return [float(frame.mean()) for frame in batch.frames]
-'''
+        return [frame.mean(-1, dtype=np.float32) for frame in batch.frames]
+"""
 
 DRIVER = """
 import sys
