@@ -77,15 +77,21 @@ def _folder(path: Path, where: str) -> Checkpoint:
     return Checkpoint(str(path), None, f"sha256:{folder_hash(str(path.resolve()))}")
 
 
-@lru_cache(maxsize=64)
 def folder_hash(folder: str) -> str:
     """sha256 over the names and contents of the files that determine a network's output."""
+    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix in _IDENTITY_FILES and f.is_file()]
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).iterdir()):
-        if file.suffix in _IDENTITY_FILES and file.is_file():
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
-            digest.update(f"{file.name}\0{content}\n".encode())
+    for file in files:
+        stat = file.stat()
+        content = _file_hash(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        digest.update(f"{file.name}\0{content}\n".encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=512)
+def _file_hash(file: str, size: int, modified_ns: int, inode: int) -> str:
+    """Read once as long as nothing speaks of a change."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def read_json(checkpoint: Checkpoint, name: str, where: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from small_builds import (
     write_images,
 )
 
-from fourmill.errors import WorkMissing
+from fourmill.errors import DatasetError, WorkMissing
 from fourmill.flows.build import BuildOptions, BuildResult, build
 from fourmill.flows.status import status
 from fourmill.labelers.base import LabelBatch
@@ -158,6 +158,34 @@ def test_a_changed_labeler_makes_stale(
     assert call_main("build", second, "--no-prefect") == 0
 
 
+def test_weights_that_change_in_place_make_stale(tmp_path: Path, given: dict[str, Any]) -> None:
+    """Noticed by a process that has seen the folder before, too."""
+    url, model = tmp_path / "ds", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"first")
+    make(url, some(given, "depth", model=str(model)), count=4)
+    (model / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(WorkMissing, match="1 column shards are stale"):
+        make(url, some(given, "depth", model=str(model)), count=4)
+    (model / "model.safetensors").write_bytes(b"first")
+    assert make(url, some(given, "depth", model=str(model)), count=4).status.complete
+
+
+def test_a_tokenizer_that_was_damaged_is_refused_until_it_is_mended(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    url = tmp_path / "ds"
+    make(url, {"caption": {}}, count=8)
+    (file,) = url.glob("tokenizers/caption/*/vocab.json")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    with pytest.raises(DatasetError, match=r"tokenizers/caption/.* is missing or damaged"):
+        make(url, {"caption": {}}, count=12)
+    file.write_bytes(whole)
+    assert make(url, {"caption": {}}, count=12).status.complete
+
+
 def test_refitting_makes_tokens_stale_and_spends_no_forward_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +299,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from fourmill.config import load_config
-from fourmill.errors import WorkMissing
+from fourmill.errors import DatasetError, WorkMissing
 from fourmill.flows.build import BuildOptions, build
 from fourmill.flows.engine import ray_session
 
