@@ -163,7 +163,7 @@ def status(
     if as_json:
         print(json.dumps(found.to_json()))
     else:
-        console.print(status_report(found, dataset))
+        console.print(status_report(found, dataset), soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]fourmill report data/demo --model runs/demo[/bold]")
@@ -247,7 +247,7 @@ def _build(config: str, overrides: list[str] | None, no_prefect: bool, **options
         )
     except WorkMissing as error:
         problem = error
-    console.print(status_report(read_status(Dataset(checked.dataset)), checked.dataset))
+    console.print(status_report(read_status(Dataset(checked.dataset)), checked.dataset), soft_wrap=True)
     if problem is not None:
         raise problem
 

@@ -50,4 +50,4 @@ def write_report(
 
 
 def _show_status(config: Config) -> None:
-    console.print(status_report(status(Dataset(config.dataset)), config.dataset))
+    console.print(status_report(status(Dataset(config.dataset)), config.dataset), soft_wrap=True)

@@ -31,7 +31,7 @@ from fourmill.shards.sources.scenes import render
 #: what ends up in the dataset and must not depend on how often a run was interrupted
 DATA_FOLDERS = ("samples", "tokens", "labels", "tokenizers")
 #: fields of a receipt that say how and when, not what
-CIRCUMSTANCES = ("environment", "timings", "provenance", "digest")
+CIRCUMSTANCES = ("environment", "timings", "digest")
 
 ORACLES: dict[str, Any] = {
     "depth": {"labeler": "oracle_depth"},
