@@ -282,7 +282,7 @@ def _show_tokenizers(url: str) -> None:
 def main() -> None:
     """Entry point: errors of ours are one line, and every way of ending has its exit status."""
     try:
-        app()
+        app(prog_name="fourmill")
     except FourmillError as error:
         errors.print(f"fourmill: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(error.exit_code)
