@@ -15,7 +15,7 @@ from fourmill.flows.resolve import Resolved
 from fourmill.seeds import generator
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
-from fourmill.shards.samples import DUPLICATE
+from fourmill.shards.samples import DUPLICATE, NOT_A_FAULT
 from fourmill.shards.sources.base import Row
 
 
@@ -24,7 +24,9 @@ class Job:
     """One shard's work: decode it once, make these columns. Pickles; holds no more than it must.
 
     ``rows`` and ``duplicates`` are given while the shard's samples are not committed yet.
-    ``labels`` are modalities whose labels are to be kept, ``tokens`` those to be tokenized.
+    ``labels`` are modalities whose labels are to be kept, ``tokens`` those to be tokenized. Of these, ``retry`` names the
+    ones that are finished but for null cells: they alone are made again (those of one ``reason``, if it is given), and
+    committed under the epoch after that of the shard's receipt.
     """
 
     shard: int
@@ -32,6 +34,10 @@ class Job:
     duplicates: frozenset[int]  # positions in `rows` whose key was seen before
     labels: tuple[str, ...]
     tokens: tuple[str, ...]
+    retry: tuple[str, ...] = ()
+    reason: str | None = None
+    careful: frozenset[int] = frozenset()  # starts of micro-batches whose images are decoded apart
+    shrink: int = 0  # how often the batch shape was halved
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +94,13 @@ def make_plan(
     only_labels: Sequence[str] = (),
     only_tokens: Sequence[str] | None = None,
     only_shards: frozenset[int] | None = None,
+    retry_rejects: bool | str = False,
 ) -> Plan:
     """The jobs that are left. Touches nothing.
 
     ``limit`` rounds up to whole shards, so that the full build reuses a pilot. ``only_labels`` asks for kept labels
     of these modalities; ``only_tokens`` restricts the tokenized modalities (None: all that have a tokenizer).
+    ``retry_rejects`` asks for the null cells of finished shards too, all of them (True) or those of one reason.
     """
     digest = resolved.source.digest()
     new, committed, vanished = _allot(resolved, dataset, digest)
@@ -107,20 +115,56 @@ def make_plan(
     }
     keep = {n: w.label_recipe for n, w in resolved.wanted.items() if n in only_labels or w.keep_labels}
     kept = {n: dataset.finished(n, r.short) if dataset else set() for n, r in keep.items()}
+    again = _rejects(resolved, dataset, states, tokens, retry_rejects)
+    reason = retry_rejects if isinstance(retry_rejects, str) else None
     jobs = []
     for shard in sorted(chosen):
+        retry = tuple(n for n in tokens if shard in again.get(n, ()))
         todo = tuple(
             n
             for n in tokens
-            if shard not in states[n].finished and (redo_stale or shard not in states[n].stale)
+            if n in retry
+            or (shard not in states[n].finished and (redo_stale or shard not in states[n].stale))
         )
         labels = tuple(n for n in resolved.wanted if n in keep and shard not in kept[n])
         if todo or labels or shard not in committed:
             rows, duplicates = new.get(shard, (None, frozenset()))
-            jobs.append(Job(shard, rows, duplicates, labels, todo))
+            jobs.append(Job(shard, rows, duplicates, labels, todo, retry, reason if retry else None))
     shards = {shard: rows_of[shard] for shard in sorted(chosen)}
     listing = digest, sum(rows_of.values()) - vanished
     return Plan(shards, frozenset(set(committed) & chosen), states, jobs, listing, vanished)
+
+
+def _rejects(
+    resolved: Resolved,
+    dataset: Dataset | None,
+    states: dict[str, ColumnState],
+    tokens: Sequence[str],
+    wanted: bool | str,
+) -> dict[str, set[int]]:
+    """By modality, the finished shards with null cells that neither their samples nor the source explain."""
+    short = dataset.samples_recipe() if dataset is not None and wanted is not False else None
+    if dataset is None or short is None:
+        return {}
+    samples = dataset.receipts(SAMPLES, short)
+    recipes = resolved.token_recipes()
+    return {
+        name: {
+            shard
+            for shard, receipt in dataset.receipts(name, recipes[name].short).items()
+            if shard in states[name].finished & samples.keys() and retryable(receipt, samples[shard], wanted)
+        }
+        for name in tokens
+    }
+
+
+def retryable(receipt: Receipt, samples: Receipt, wanted: bool | str = True) -> int:
+    """How many of a column's null cells another attempt may fill: not those of rows that have no image."""
+    return sum(
+        count - samples.absent.get(reason, 0)
+        for reason, count in receipt.absent.items()
+        if reason not in NOT_A_FAULT and wanted in (True, reason)
+    )
 
 
 def _choose(

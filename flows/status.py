@@ -13,10 +13,9 @@ from rich.text import Text
 
 from fourmill.errors import ConfigError
 from fourmill.flows.plan import ColumnState, column_state
-from fourmill.flows.runner import NOT_A_FAULT
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
-from fourmill.shards.samples import OK
+from fourmill.shards.samples import NOT_A_FAULT, OK
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@
       samples/shard-000000.<hash12>.arrow            one row per source row
       tokens/<modality>/shard-000000.<hash12>.arrow
       labels/<modality>/shard-000000.<hash12>.tar    where kept
-      receipts/<column>/<recipe12>/{recipe.json, shard-000000.json}
+      receipts/<column>/<recipe12>/{recipe.json, shard-000000.json, shard-000000.e1.json}
       parked/<column>/<recipe12>/shard-000000.<attempt>.json
       tokenizers/<modality>/<hash12>/
       snapshots/<digest>.json
 
-Nothing else is state. A shard of a column is finished if there is a receipt under the wanted recipe.
+Nothing else is state. A shard of a column is finished if there is a receipt under the wanted recipe; of several, the one
+of the highest epoch counts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from fourmill.shards.receipts import (
     Recipe,
     canonical,
     data_name,
+    newest,
     receipt_name,
+    receipt_prefix,
     sha256,
     shard_number,
 )
@@ -114,15 +117,28 @@ class Dataset:
 
     def finished(self, column: str, short: str) -> set[int]:
         """The shards with a receipt: one listing."""
-        numbers = (shard_number(name) for name in self.store.names(f"receipts/{column}/{short}"))
-        return {number for number in numbers if number is not None}
+        return set(newest(self.store.names(f"receipts/{column}/{short}")))
+
+    def is_finished(self, column: str, short: str, shard: int) -> bool:
+        """Whether the shard has a receipt of any epoch: one request."""
+        return bool(self._receipts_of(column, short, shard))
 
     def receipt(self, column: str, short: str, shard: int) -> Receipt:
-        name = receipt_name(column, short, shard)
-        return Receipt.from_json(self.store.read(name), f"{self.url}/{name}")
+        """The shard's receipt of the highest epoch."""
+        found = self._receipts_of(column, short, shard)
+        return self._read_receipt(column, short, found.get(shard, f"{receipt_prefix(shard)}json"))
 
     def receipts(self, column: str, short: str) -> dict[int, Receipt]:
-        return {shard: self.receipt(column, short, shard) for shard in sorted(self.finished(column, short))}
+        """By shard, in order, the receipts of the highest epoch."""
+        found = newest(self.store.names(f"receipts/{column}/{short}"))
+        return {shard: self._read_receipt(column, short, found[shard]) for shard in sorted(found)}
+
+    def _receipts_of(self, column: str, short: str, shard: int) -> dict[int, str]:
+        return newest(self.store.names(f"receipts/{column}/{short}", receipt_prefix(shard)))
+
+    def _read_receipt(self, column: str, short: str, file: str) -> Receipt:
+        name = f"receipts/{column}/{short}/{file}"
+        return Receipt.from_json(self.store.read(name), f"{self.url}/{name}")
 
     def put_data(self, folder: str, shard: int, data: bytes, ending: str) -> str:
         """Write a content-named data file. One that is there is verified, and replaced if it is damaged."""
@@ -132,12 +148,13 @@ class Dataset:
         return name
 
     def commit(self, recipe: Recipe, receipt: Receipt) -> bool:
-        """Write the receipt unless there is one. False: somebody else was first, and theirs stands."""
+        """Write the receipt unless there is one of its epoch. False: somebody else was first, and theirs stands."""
         self.store.put_if_absent(
             f"receipts/{receipt.column}/{recipe.short}/recipe.json", recipe.text.encode()
         )
         return self.store.put_if_absent(
-            receipt_name(receipt.column, recipe.short, receipt.shard), receipt.to_json().encode()
+            receipt_name(receipt.column, recipe.short, receipt.shard, receipt.epoch),
+            receipt.to_json().encode(),
         )
 
     # -- parked shards --------------------------------------------------------------------------------

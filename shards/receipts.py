@@ -3,6 +3,9 @@
 A recipe is the identity of bytes: everything that we chose and that determines them. Its hash names
 a folder that also holds its canonical text. A receipt commits one shard of one column under one recipe;
 it is written last, and only if absent: the first writer wins.
+
+Null cells may be tried again later: that makes a second receipt of the same shard, of the next *epoch*, beside the first. The
+receipt of the highest epoch is the shard's; what an earlier one names stays, for snapshots that were made of it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import base64
 import builtins
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +24,8 @@ import numpy as np
 from fourmill.errors import DatasetError
 
 SHORT = 12  # hex digits of a hash in names
+
+_RECEIPT = re.compile(r"shard-(\d{6,})(?:\.e([1-9]\d*))?\.json")
 
 
 def canonical(value: Any) -> str:
@@ -69,6 +76,7 @@ class Receipt:
     provenance: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    epoch: int = 0  # how often null cells of the shard were tried again
 
     @property
     def present(self) -> int:
@@ -81,6 +89,8 @@ class Receipt:
 
     def to_json(self) -> str:
         body = {name: getattr(self, name) for name in self.__slots__}
+        if not self.epoch:
+            del body["epoch"]  # as it was before there were epochs: the digest of an old receipt still holds
         return canonical({**body, "format": 1, "digest": sha256(canonical(body))})
 
     @classmethod
@@ -105,8 +115,31 @@ def pack_presence(present: np.ndarray) -> str:
     return base64.b64encode(np.packbits(present.astype(bool), bitorder="little").tobytes()).decode()
 
 
-def receipt_name(column: str, recipe_short: str, shard: int) -> str:
-    return f"receipts/{column}/{recipe_short}/shard-{shard:06d}.json"
+def receipt_name(column: str, recipe_short: str, shard: int, epoch: int = 0) -> str:
+    """``.../shard-000012.json``; of a later epoch ``.../shard-000012.e1.json``."""
+    ending = f".e{epoch}.json" if epoch else ".json"
+    return f"receipts/{column}/{recipe_short}/shard-{shard:06d}{ending}"
+
+
+def receipt_prefix(shard: int) -> str:
+    """What the names of all of a shard's receipts begin with, inside their folder."""
+    return f"shard-{shard:06d}."
+
+
+def shard_and_epoch(name: str) -> tuple[int, int] | None:
+    """(shard, epoch) of a receipt's name inside its folder; None for any other file."""
+    match = _RECEIPT.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def newest(names: Iterable[str]) -> dict[int, str]:
+    """By shard, the name of its receipt of the highest epoch, among the names of a folder."""
+    best: dict[int, tuple[int, str]] = {}
+    for name in names:
+        found = shard_and_epoch(name)
+        if found is not None and found[1] >= best.get(found[0], (0, ""))[0]:
+            best[found[0]] = found[1], name
+    return {shard: name for shard, (_, name) in best.items()}
 
 
 def data_name(folder: str, shard: int, data: bytes, ending: str) -> str:

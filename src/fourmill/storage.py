@@ -7,6 +7,7 @@ put (If-None-Match). No file is ever seen half written, and a listing never show
 
 from __future__ import annotations
 
+import inspect
 import os
 import secrets
 import threading
@@ -32,6 +33,7 @@ class Store:
             raise DatasetError(f"cannot open storage {url!r}: {error}") from error
         self.root = str(root).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        self._lists_by_prefix = "prefix" in inspect.signature(self.fs.find).parameters
         if not self.is_local:
             self.fs.use_listings_cache = False
 
@@ -64,22 +66,27 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def names(self, folder: str) -> list[str]:
-        """Sorted names of the files and folders directly in ``folder``; [] where it does not exist."""
-        if self.is_local:
-            try:
-                entries = os.listdir(self.path(folder))
-            except FileNotFoundError:
-                return []
+    def names(self, folder: str, prefix: str = "") -> list[str]:
+        """Sorted names of the files and folders directly in ``folder``; [] where it does not exist.
+
+        With a ``prefix`` only those that begin with it; object stores then list no others.
+        """
+        try:
+            entries = self._local_names(folder) if self.is_local else self._remote_names(folder, prefix)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in entries if _is_shown(name) and name.startswith(prefix))
+
+    def _local_names(self, folder: str) -> list[str]:
+        return os.listdir(self.path(folder))
+
+    def _remote_names(self, folder: str, prefix: str) -> list[str]:
+        self.fs.invalidate_cache()
+        if prefix and self._lists_by_prefix:
+            found = self.fs.find(self.path(folder), prefix=prefix, maxdepth=1, withdirs=True)
         else:
-            self.fs.invalidate_cache()
-            try:
-                entries = [
-                    str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self.path(folder), detail=False)
-                ]
-            except FileNotFoundError:
-                return []
-        return sorted(name for name in entries if name and not name.startswith("."))
+            found = self.fs.ls(self.path(folder), detail=False)
+        return [str(path).rstrip("/").rsplit("/", 1)[-1] for path in found]
 
     def size(self, name: str) -> int:
         return int(self.fs.size(self.path(name)))
@@ -142,6 +149,11 @@ class Store:
             stream.flush()
             os.fsync(stream.fileno())
         return temporary
+
+
+def _is_shown(name: str) -> bool:
+    """Temporary and probe files are hidden."""
+    return bool(name) and not name.startswith(".")
 
 
 def _sync_folder(folder: Path) -> None:
