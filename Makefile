@@ -37,5 +37,5 @@ check: $(STAMP) ## lint and type-check
 bench: $(STAMP) ## run the benchmarks
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-clean: ## remove the environment and what runs made
-	rm -rf $(VENV) data runs build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environment and what the demo made
+	rm -rf $(VENV) data/demo runs/demo build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
