@@ -7,13 +7,13 @@ is the next `shard_size` rows that no committed shard holds, so an interrupted r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fourmill.errors import ConfigError, SourceError
-from fourmill.flows.resolve import Resolved
+from fourmill.flows.resolve import Resolved, recipe_diff
 from fourmill.seeds import generator
-from fourmill.shards.dataset import SAMPLES, Dataset
+from fourmill.shards.dataset import SAMPLES, ColumnListing, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
 from fourmill.shards.samples import DUPLICATE, NOT_A_FAULT
 from fourmill.shards.sources.base import Row
@@ -63,25 +63,70 @@ class Plan:
 
 
 def column_state(
-    dataset: Dataset | None, name: str, recipe: Recipe | None, shards: Sequence[int]
+    dataset: Dataset | None,
+    name: str,
+    recipe: Recipe | None,
+    shards: Sequence[int],
+    listing: ColumnListing | None = None,
+    parked: Collection[int] | None = None,
 ) -> ColumnState:
-    """Compare one column's receipts with the wanted recipe: a listing per recipe folder."""
+    """Compare one column's receipts with the wanted recipe. ``parked``: shards that were parked at some time."""
     if dataset is None:
         return ColumnState(frozenset(), frozenset(), frozenset())
+    listing = listing or dataset.listing(name)
     kind = recipe.kind if recipe else "token"
     short = recipe.short if recipe else None
-    finished = dataset.finished(name, short) if short else set()
+    finished = listing.finished(short)
     stale: set[int] = set()
     others = []
-    for other in dataset.recipes(name):
-        if other != short and dataset.recipe(name, other)["kind"] == kind:
+    for other, receipts in listing.folders.items():
+        left = receipts.keys() - finished
+        if left and other != short and dataset.recipe(name, other)["kind"] == kind:
             others.append(other)
-            stale |= dataset.finished(name, other) - finished
-    parked = set(dataset.parked(name, short)) if short else set()
+            stale |= left
+    if parked is None:
+        parked = dataset.parked(name, short) if short else ()
     only = set(shards)
     return ColumnState(
-        frozenset(finished & only), frozenset(stale & only), frozenset(parked & only), tuple(others)
+        frozenset(finished & only),
+        frozenset(stale & only),
+        frozenset(only.intersection(parked) - finished),
+        tuple(others),
     )
+
+
+def column_states(
+    dataset: Dataset | None, recipes: Mapping[str, Recipe | None], shards: Sequence[int]
+) -> tuple[dict[str, ColumnState], dict[str, ColumnListing]]:
+    """Of several columns: what is finished, stale and parked, and the listings that said so, one of each column."""
+    if dataset is None:
+        return {name: column_state(None, name, recipe, shards) for name, recipe in recipes.items()}, {}
+    listings = dataset.listings(recipes)
+    parked = dataset.all_parked()
+    states = {
+        name: column_state(
+            dataset,
+            name,
+            recipe,
+            shards,
+            listings[name],
+            parked.get((name, recipe.short if recipe else ""), ()),
+        )
+        for name, recipe in recipes.items()
+    }
+    return states, listings
+
+
+def why_stale(dataset: Dataset, name: str, recipe: Recipe, state: ColumnState) -> list[str]:
+    """Which lines of the recipe are other ones than of the stale receipts, as ``label.weights: sha256:ab.. -> sha256:cd..``.
+
+    Several recipes' differences follow each other, each line once.
+    """
+    wanted = {"kind": recipe.kind, **recipe.content}
+    found = [
+        line for other in state.stale_recipes for line in recipe_diff(dataset.recipe(name, other), wanted)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def make_plan(
@@ -110,12 +155,10 @@ def make_plan(
         chosen &= only_shards
     recipes = resolved.token_recipes()
     tokens = [n for n in resolved.wanted if n in recipes and (only_tokens is None or n in only_tokens)]
-    states = {
-        name: column_state(dataset, name, recipes.get(name), sorted(chosen)) for name in resolved.wanted
-    }
+    states, listings = column_states(dataset, {n: recipes.get(n) for n in resolved.wanted}, sorted(chosen))
     keep = {n: w.label_recipe for n, w in resolved.wanted.items() if n in only_labels or w.keep_labels}
-    kept = {n: dataset.finished(n, r.short) if dataset else set() for n, r in keep.items()}
-    again = _rejects(resolved, dataset, states, tokens, retry_rejects)
+    kept = {n: listings[n].finished(r.short) if listings else set() for n, r in keep.items()}
+    again = _rejects(resolved, dataset, states, listings, tokens, retry_rejects)
     reason = retry_rejects if isinstance(retry_rejects, str) else None
     jobs = []
     for shard in sorted(chosen):
@@ -139,6 +182,7 @@ def _rejects(
     resolved: Resolved,
     dataset: Dataset | None,
     states: dict[str, ColumnState],
+    listings: dict[str, ColumnListing],
     tokens: Sequence[str],
     wanted: bool | str,
 ) -> dict[str, set[int]]:
@@ -151,7 +195,7 @@ def _rejects(
     return {
         name: {
             shard
-            for shard, receipt in dataset.receipts(name, recipes[name].short).items()
+            for shard, receipt in dataset.receipts(name, recipes[name].short, listings[name]).items()
             if shard in states[name].finished & samples.keys() and retryable(receipt, samples[shard], wanted)
         }
         for name in tokens

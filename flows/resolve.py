@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ from fourmill.shards.decode import DECODE_VERSION
 from fourmill.shards.receipts import SHORT, Recipe
 from fourmill.shards.sources.base import Source, make_source
 from fourmill.tokenize.base import codec_hash, codecs, load_codec
+
+_HASH = re.compile(r"\b[0-9a-f]{20,}\b")
 
 
 @dataclass(frozen=True)
@@ -276,17 +279,32 @@ def fit_origin(wanted: Wanted, config: Config) -> dict[str, Any]:
 
 
 def recipe_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Which lines of two recipes differ, as ``path: old -> new``."""
+    """Which lines of two recipes differ, as ``path: old -> new``; hashes are cut short, unless they would look alike."""
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             for key, entry in value.items():
                 yield from flat(entry, f"{path}.{key}" if path else str(key))
         else:
             yield path, value
 
     a, b = dict(flat(old, "")), dict(flat(new, ""))
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    lines = []
+    for key in sorted({*a, *b}):
+        if key not in a or key not in b or a[key] != b[key]:
+            was, now = (_plain(side[key]) if key in side else "nothing" for side in (a, b))
+            if _HASH.sub(_cut, was) != _HASH.sub(_cut, now):
+                was, now = _HASH.sub(_cut, was), _HASH.sub(_cut, now)
+            lines.append(f"{key}: {was} -> {now}")
+    return lines
+
+
+def _cut(match: re.Match[str]) -> str:
+    return f"{match[0][:SHORT]}.."
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 __all__ = [

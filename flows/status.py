@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import yaml
 from rich import box
 from rich.console import Group
@@ -12,10 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fourmill.errors import ConfigError
-from fourmill.flows.plan import ColumnState, column_state
+from fourmill.flows.plan import ColumnState, column_states, retryable, why_stale
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
-from fourmill.shards.samples import NOT_A_FAULT, OK
+from fourmill.shards.samples import DUPLICATE, NO_CAPTION
+
+_Loader: Any = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # written in C: a run of 12,000 shards is a long file
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Status:
     modalities: dict[str, ModalityStatus]
     reasons: dict[str, dict[str, int]]  # column -> reason -> rows
     parked: dict[str, dict[int, str]]  # column -> shard -> error
+    why_stale: dict[str, list[str]] = field(default_factory=dict)  # column -> what its recipe had instead
 
     def to_json(self) -> dict[str, Any]:
         fields = ModalityStatus.__dataclass_fields__
@@ -57,7 +63,7 @@ def latest_run(dataset: Dataset) -> dict[str, Any]:
     names = dataset.store.names("runs")
     if not names:
         raise ConfigError(f"{dataset.url}: nothing was built here yet; run `fourmill build`")
-    return dict(yaml.safe_load(dataset.store.read(f"runs/{names[-1]}")))
+    return dict(yaml.load(dataset.store.read(f"runs/{names[-1]}"), _Loader))
 
 
 def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
@@ -67,32 +73,41 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
     short = dataset.samples_recipe()
     samples = dataset.receipts(SAMPLES, short) if short else {}
     samples = {shard: receipt for shard, receipt in samples.items() if shard in shards}
-    modalities, reasons, parked = {}, {}, {}
-    bad: set[tuple[int, int]] = set()
+    recipes = {name: _recipe(content) for name, content in run["recipes"].items()}
+    states, listings = column_states(dataset, recipes, list(shards))
+    modalities, reasons, parked, why = {}, {}, {}, {}
+    bad = {shard: ~receipt.presence_mask() for shard, receipt in samples.items() if receipt.absent}
     if samples:
         reasons[SAMPLES] = _sum(receipt.absent for receipt in samples.values())
-    for name, content in run["recipes"].items():
-        recipe = (
-            Recipe(content["kind"], {k: v for k, v in content.items() if k != "kind"}) if content else None
-        )
-        state = column_state(dataset, name, recipe, list(shards))
-        receipts = (
-            {s: dataset.receipt(name, recipe.short, s) for s in sorted(state.finished)} if recipe else {}
-        )
+    for name, recipe in recipes.items():
+        state = states[name]
+        receipts = {}
+        if recipe and state.finished:
+            receipts = dataset.receipts(name, recipe.short, listings[name])
+            receipts = {shard: receipt for shard, receipt in receipts.items() if shard in state.finished}
         modalities[name] = _modality(state, receipts, len(shards))
         reasons[name] = _sum(receipt.absent for receipt in receipts.values())
         if recipe and state.parked:
             found = dataset.parked(name, recipe.short)
             parked[name] = {
-                s: dataset.parked_error(name, recipe.short, found[s]) for s in sorted(state.parked)
+                s: dataset.parked_error(name, recipe.short, found[s])
+                for s in sorted(state.parked)
+                if s in found
             }
+        if recipe and state.stale:
+            why[name] = why_stale(dataset, name, recipe, state)
         for shard, receipt in receipts.items():
-            if receipt.absent.keys() - NOT_A_FAULT:
-                bad |= {(shard, row) for row in _failed_rows(dataset, receipt)}
+            if shard in samples and retryable(receipt, samples[shard]):
+                bad[shard] = bad.get(shard, False) | _failed_rows(dataset, receipt)
     complete = bool(shards) and len(samples) == len(shards)
     complete = complete and all(m.finished == len(shards) for m in modalities.values())
-    rejected = _rejected_keys(dataset, samples, bad)
-    return Status(sum(shards.values()), len(shards), complete, rejected, modalities, reasons, parked)
+    rejected = sum(int(rows.sum()) - samples[shard].absent.get(DUPLICATE, 0) for shard, rows in bad.items())
+    return Status(sum(shards.values()), len(shards), complete, rejected, modalities, reasons, parked, why)
+
+
+def _recipe(content: dict[str, Any] | None) -> Recipe | None:
+    """From what a run remembers of it; None where its tokenizer was yet to be fitted."""
+    return Recipe(content["kind"], {k: v for k, v in content.items() if k != "kind"}) if content else None
 
 
 def _modality(state: ColumnState, receipts: dict[int, Receipt], shards: int) -> ModalityStatus:
@@ -108,20 +123,13 @@ def _modality(state: ColumnState, receipts: dict[int, Receipt], shards: int) -> 
     )
 
 
-def _failed_rows(dataset: Dataset, receipt: Receipt) -> list[int]:
-    reasons = dataset.table(receipt.file).column("reason").to_pylist()
-    return [row for row, reason in enumerate(reasons) if reason is not None and reason not in NOT_A_FAULT]
-
-
-def _rejected_keys(dataset: Dataset, samples: dict[int, Receipt], bad: set[tuple[int, int]]) -> int:
-    keys: set[str] = set()
-    touched = {shard for shard, _ in bad} | {s for s, r in samples.items() if r.absent.keys() - NOT_A_FAULT}
-    for shard in touched & set(samples):
-        table = dataset.table(samples[shard].file).select(["key", "status"])
-        names, states = (column.to_pylist() for column in table.columns)
-        keys |= {k for k, s in zip(names, states, strict=True) if s != OK and s not in NOT_A_FAULT}
-        keys |= {names[row] for s, row in bad if s == shard}
-    return len(keys)
+def _failed_rows(dataset: Dataset, receipt: Receipt) -> np.ndarray:
+    """bool (rows,): rows without a value, less those where that is no fault. The file is read only where both occur."""
+    absent = ~receipt.presence_mask()
+    if receipt.absent.keys() & {NO_CAPTION}:
+        reasons = dataset.table(receipt.file).column("reason").to_pylist()
+        absent &= np.array([reason != NO_CAPTION for reason in reasons], bool)
+    return absent
 
 
 def _sum(counts: Any) -> dict[str, int]:
@@ -144,6 +152,8 @@ def status_report(report: Status, url: str) -> Group:
         parts.append(
             Text(f"{report.rejected} samples set aside in all; the reasons stand in the files, row by row")
         )
+    for column, changes in report.why_stale.items():
+        parts.append(Text(f"stale {column}: {'; '.join(changes)}", style="yellow"))
     for column, shards in report.parked.items():
         for shard, error in shards.items():
             parts.append(Text(f"  parked: {column} shard {shard}: {error}", style="yellow"))

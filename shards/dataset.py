@@ -21,6 +21,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fourmill.errors import ConfigError, DatasetError
 from fourmill.modality import Modality
 from fourmill.seeds import keys_digest
 from fourmill.shards.arrow import Column, open_column, read_table
+from fourmill.shards.receipt_cache import ReceiptCache
 from fourmill.shards.receipts import (
     SHORT,
     Receipt,
@@ -45,12 +47,24 @@ from fourmill.shards.receipts import (
     sha256,
     shard_number,
 )
-from fourmill.storage import Store
+from fourmill.storage import Entry, Store
 
 FORMAT = 1
 SAMPLES = "samples"
 #: the file in a fitted tokenizer's folder that says what it was fitted on, and how
 ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True)
+class ColumnListing:
+    """What one listing showed of a column's receipts. ``folders``: by recipe, the newest receipt's file name by shard;
+    ``entries``: by recipe, how the files looked, where the listing says so (on remote storage)."""
+
+    folders: dict[str, dict[int, str]]
+    entries: dict[str, dict[str, Entry]] = field(default_factory=dict)
+
+    def finished(self, short: str | None) -> set[int]:
+        return set(self.folders.get(short or "", ()))
 
 
 class Dataset:
@@ -73,6 +87,7 @@ class Dataset:
         if version != FORMAT:
             raise DatasetError(f"{self.url} has format {version}; this fourmill reads format {FORMAT}")
         self.digest = sha256(raw)
+        self._cache = ReceiptCache(self.store, self.digest)
 
     @classmethod
     def create(cls, url: str, identity: dict[str, Any]) -> Dataset:
@@ -115,6 +130,25 @@ class Dataset:
             raise DatasetError(f"{self.url}/{name} does not hash to the name of its folder; it is damaged")
         return content
 
+    def listing(self, column: str) -> ColumnListing:
+        """The column's receipts under every recipe: one listing on object stores, no file's content or time locally."""
+        top = f"receipts/{column}"
+        names: dict[str, list[str]] = {}
+        entries: dict[str, dict[str, Entry]] = {}
+        if self.store.is_remote:
+            for path, entry in self.store.walk(top).items():
+                short, _, file = path.removeprefix(f"{top}/").partition("/")
+                names.setdefault(short, []).append(file)
+                entries.setdefault(short, {})[file] = entry
+        else:
+            names = {short: self.store.names(f"{top}/{short}") for short in self.store.names(top)}
+        return ColumnListing({short: newest(files) for short, files in names.items()}, entries)
+
+    def listings(self, columns: Iterable[str]) -> dict[str, ColumnListing]:
+        """Of several columns, at the same time on remote storage."""
+        wanted = list(columns)
+        return dict(zip(wanted, self.store.map(self.listing, wanted), strict=True))
+
     def finished(self, column: str, short: str) -> set[int]:
         """The shards with a receipt: one listing."""
         return set(newest(self.store.names(f"receipts/{column}/{short}")))
@@ -124,21 +158,23 @@ class Dataset:
         return bool(self._receipts_of(column, short, shard))
 
     def receipt(self, column: str, short: str, shard: int) -> Receipt:
-        """The shard's receipt of the highest epoch."""
+        """The shard's receipt of the highest epoch, as it is now."""
         found = self._receipts_of(column, short, shard)
-        return self._read_receipt(column, short, found.get(shard, f"{receipt_prefix(shard)}json"))
+        name = f"receipts/{column}/{short}/{found.get(shard, f'{receipt_prefix(shard)}json')}"
+        return Receipt.from_json(self.store.read(name), f"{self.url}/{name}")
 
-    def receipts(self, column: str, short: str) -> dict[int, Receipt]:
-        """By shard, in order, the receipts of the highest epoch."""
-        found = newest(self.store.names(f"receipts/{column}/{short}"))
-        return {shard: self._read_receipt(column, short, found[shard]) for shard in sorted(found)}
+    def receipts(self, column: str, short: str, listing: ColumnListing | None = None) -> dict[int, Receipt]:
+        """By shard, in order, the receipts of the highest epoch. Each is read once (see `receipt_cache`)."""
+        folder = f"receipts/{column}/{short}"
+        entries = listing.entries.get(short) if listing is not None else None
+        if entries is None:
+            entries = self.store.entries(folder)
+        found = newest(entries)
+        known = self._cache.read(folder, {name: entries[name] for name in found.values()})
+        return {shard: known[found[shard]] for shard in sorted(found)}
 
     def _receipts_of(self, column: str, short: str, shard: int) -> dict[int, str]:
         return newest(self.store.names(f"receipts/{column}/{short}", receipt_prefix(shard)))
-
-    def _read_receipt(self, column: str, short: str, file: str) -> Receipt:
-        name = f"receipts/{column}/{short}/{file}"
-        return Receipt.from_json(self.store.read(name), f"{self.url}/{name}")
 
     def put_data(self, folder: str, shard: int, data: bytes, ending: str) -> str:
         """Write a content-named data file. One that is there is verified, and replaced if it is damaged."""
@@ -166,8 +202,20 @@ class Dataset:
     def parked(self, column: str, short: str) -> dict[int, str]:
         """Parked shards that have no receipt since, with the name of the newest parking file."""
         done = self.finished(column, short)
-        found = {shard_number(name): name for name in self.store.names(f"parked/{column}/{short}")}
-        return {shard: name for shard, name in found.items() if shard is not None and shard not in done}
+        return {
+            shard: name
+            for name in self.store.names(f"parked/{column}/{short}")
+            if (shard := shard_number(name)) is not None and shard not in done
+        }
+
+    def all_parked(self) -> dict[tuple[str, str], set[int]]:
+        """(column, recipe) -> shards that were parked at some time, with a receipt since or without: one listing."""
+        found: dict[tuple[str, str], set[int]] = {}
+        for path in self.store.walk("parked"):
+            _, column, short, name = path.split("/", 3)
+            if (shard := shard_number(name)) is not None:
+                found.setdefault((column, short), set()).add(shard)
+        return found
 
     def parked_error(self, column: str, short: str, name: str) -> str:
         return str(json.loads(self.store.read(f"parked/{column}/{short}/{name}"))["error"])
