@@ -1,52 +1,46 @@
 """The runner: takes a shard, decodes each image once, has it labelled and tokenized, and commits.
 
-It is a plain object that is given a ``call`` function to reach specialists; `fourmill.flows.engine` wraps
-it in a Ray actor, tests use it in a loop.
+It is a plain object that is given a function to reach specialists; `fourmill.flows.pool` puts it into a Ray actor, tests
+use it in a loop. While specialists work on one micro-batch, the next ones are read and decoded; how far ahead is bounded by
+bytes, so a slow network slows reading down, and nothing piles up.
 """
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from fourmill import __version__
 from fourmill.config import Config
-from fourmill.crops import draw_crops
-from fourmill.errors import DatasetError, FourmillError
+from fourmill.errors import DatasetError
+from fourmill.flows.committing import Committer, JobReport, too_many_absent
+from fourmill.flows.isolate import settle
+from fourmill.flows.journal import Journal
+from fourmill.flows.micro_batch import MicroBatch, MicroResult
 from fourmill.flows.plan import Job
+from fourmill.flows.reading import Decoded, Reader, positions_of
 from fourmill.flows.resolve import Resolved, Wanted
-from fourmill.flows.shard_content import ShardContent, check_unchanged, reasons_of, rows_of
-from fourmill.flows.specialist import NO_CAPTION, MicroBatch, MicroResult
+from fourmill.flows.shard_content import NOT_A_FAULT, ShardContent, check_unchanged
 from fourmill.labels import Absent, Label
-from fourmill.seeds import key64, keys_digest
-from fourmill.shards.arrow import column_table, write_table
-from fourmill.shards.dataset import SAMPLES, Dataset, absent_counts
-from fourmill.shards.decode import Frame, RejectedImage, decode_frame
-from fourmill.shards.receipts import Receipt, Recipe, pack_presence
+from fourmill.seeds import keys_digest
+from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.samples import DUPLICATE, OK
-from fourmill.shards.sources.base import RawSample, Row, Source, make_source
-from fourmill.shards.tar import read_labels, write_labels
+from fourmill.shards.sources.base import Row, make_source
+from fourmill.shards.tar import read_labels
 
-#: reasons that are facts of the source and no fault: they count neither as rejects nor toward the limit
-NOT_A_FAULT = frozenset({NO_CAPTION, DUPLICATE})
-
-
-class TooManyAbsent(FourmillError):
-    """More rows of a shard have no value than the configuration allows; the column is not committed."""
+#: why a readable row is not decoded in this job
+NOT_ASKED = "not asked for"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A micro-batch under way at a specialist: ``result()`` waits for it."""
+    """A micro-batch under way at a specialist: ``result()`` waits for it. May raise `fourmill.flows.isolate.Died`."""
 
     result: Callable[[], MicroResult]
 
@@ -55,311 +49,250 @@ class Call:
 Submit = Callable[[int, MicroBatch, Sequence[str], Sequence[str]], Call]
 
 
-@dataclass
-class JobReport:
-    """What became of a job. ``parked``: column -> why it was not committed."""
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    start: int
+    group: int
+    batch: MicroBatch
+    labels: list[str]
+    tokens: list[str]
+    call: Call
 
-    shard: int
-    rows: int = 0
-    committed: list[str] = field(default_factory=list)
-    lost_races: list[str] = field(default_factory=list)
-    parked: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+
+@dataclass
+class _Work:
+    """A job under way."""
+
+    job: Job
+    rows: list[Row]
+    frozen: pa.Table | None
+    content: ShardContent
+    report: JobReport
+    batch_size: int
+    limit: int
+    redo: np.ndarray | None  # bool (rows,): the only rows that are made again; None: all
+    seen: int = 0  # rows decoded so far, and
+    no_image: Counter[str] = field(default_factory=Counter)  # rows by reason
 
 
 class Runner:
     """Runs jobs one at a time."""
 
     def __init__(
-        self, config: Config, wanted: Mapping[str, Wanted], submit: Submit, environment: dict[str, Any]
+        self,
+        config: Config,
+        wanted: Mapping[str, Wanted],
+        submit: Submit,
+        environment: dict[str, Any],
+        listing: tuple[str, int],
+        journal: Journal | None = None,
     ) -> None:
         source = make_source(config.source.kind, **config.source.options)
         self._resolved = Resolved(config, source, dict(wanted))
-        self._source: Source = source
-        self._submit = submit
-        self._environment = {
-            "fourmill": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "pyarrow": pa.__version__,
-            "batch_size": config.engine.batch_size,
-            **environment,
-        }
         self._dataset = Dataset(config.dataset)
+        self._reader = Reader(self._resolved)
+        self._committer = Committer(self._resolved, self._dataset, environment, listing)
+        self._submit = submit
         self._groups = self._resolved.groups()
-        self._rows_total = 0
-        self._source_digest: str | None = None
-        self._truth = any(w.needs_truth for w in wanted.values())
-        self._decoders = ThreadPoolExecutor(2)
+        self._journal = journal
         self.rows_done = 0  # read by the progress display while a job runs
 
     def run(self, job: Job) -> JobReport:
-        """Make and commit the job's columns. Raises what failed the attempt; commits nothing partial."""
-        started = time.perf_counter()
-        report = JobReport(
-            job.shard, seconds={"decode": 0.0, "wait": 0.0, "forward": 0.0, "tokenize": 0.0, "write": 0.0}
-        )
-        frozen = None if job.rows is not None else self._dataset.samples(job.shard)
-        rows = job.rows if job.rows is not None else rows_of(frozen)
-        given = self._kept_labels(job, rows)
-        content = ShardContent(len(rows), job)
-        window: deque[tuple[int, Call]] = deque()
-        for start, batch in self._micro_batches(job, rows, frozen, given, content, report):
-            for number, group in enumerate(self._groups):
-                labels = [n for n in group if n in job.labels]
-                tokens = [n for n in group if n in job.tokens]
-                if labels or tokens:
-                    window.append((start, self._submit(number, batch, labels, tokens)))
-            while len(window) > 2 * len(self._groups) + 2:
-                self._take(content, window.popleft(), report)
+        """Make and commit the job's columns. Raises what failed the attempt; what is committed by then stays."""
+        self.rows_done = 0
+        report = JobReport(job.shard)
+        work = self._begin(job, report)
+        if work is None:
+            return report
+        given = self._kept_labels(work)
+        window: deque[_Pending] = deque()
+        under_way = 0
+        bound = self._resolved.config.engine.inflight_mb * 2**20
+        for start, batch in self._micro_batches(work, given):
+            for group, names in enumerate(self._groups):
+                labels, tokens = work.content.wanted(names)
+                if (labels or tokens) and batch.present.any():
+                    call = self._submit(group, batch, labels, tokens)
+                    window.append(_Pending(start, group, batch, labels, tokens, call))
+                    under_way += batch.nbytes
+            while under_way > bound or len(window) > 3 * len(self._groups):
+                under_way -= window[0].batch.nbytes
+                self._take(work, window.popleft())
         while window:
-            self._take(content, window.popleft(), report)
-        write_started = time.perf_counter()
-        report.rows = len(rows)
-        report.seconds["total"] = time.perf_counter() - started
-        self._commit(job, rows, frozen, content, report)
-        report.seconds["write"] += time.perf_counter() - write_started
+            self._take(work, window.popleft())
+        report.rows = len(work.rows)
+        self._committer.commit(work.job, work.rows, work.frozen, work.content, work.batch_size, report)
         return report
+
+    def _begin(self, job: Job, report: JobReport) -> _Work | None:
+        """Look again what is missing: somebody else may have made it since. None where nothing is."""
+        resolved, dataset = self._resolved, self._dataset
+        tokens = {
+            name: recipe.short for name, recipe in resolved.token_recipes().items() if name in job.tokens
+        }
+        missing = job.retry or tuple(
+            n for n in job.tokens if not dataset.is_finished(n, tokens[n], job.shard)
+        )
+        labels = tuple(
+            n for n in job.labels
+            if not dataset.is_finished(n, resolved.wanted[n].label_recipe.short, job.shard)
+        )  # fmt: skip
+        fresh = job.rows is not None and not dataset.is_finished(
+            SAMPLES, resolved.samples_recipe.short, job.shard
+        )
+        if not (missing or labels or fresh):
+            report.lost_races += [*job.labels, *job.tokens]
+            return None
+        frozen = None if fresh else dataset.samples(job.shard)
+        rows = list(job.rows or ()) if frozen is None else positions_of(frozen)
+        job = replace(job, labels=labels, tokens=missing)
+        content = ShardContent(len(rows), job)
+        batch_size = max(1, resolved.config.engine.batch_size >> job.shrink)
+        work = _Work(job, rows, frozen, content, report, batch_size, self._committer.limit(len(rows)), None)
+        if job.retry:
+            self._load_retried(work)
+        return work
 
     # -- reading and decoding ------------------------------------------------------------------------
 
     def _micro_batches(
-        self,
-        job: Job,
-        rows: Sequence[Row],
-        frozen: pa.Table | None,
-        given: dict[str, dict[int, Label]],
-        content: ShardContent,
-        report: JobReport,
+        self, work: _Work, given: Mapping[str, Mapping[int, Label]]
     ) -> Iterator[tuple[int, MicroBatch]]:
-        size = self._resolved.config.engine.batch_size
-        needs_pixels = bool(job.labels or job.tokens) or frozen is None
-        for start in range(0, len(rows), size):
-            began = time.perf_counter()
-            part = rows[start : start + size]
-            skip = self._skipped(job, frozen, start, len(part))
-            decoded = self._decode(part, skip) if needs_pixels else []
-            if frozen is not None:
+        """Read, decode, and fill up; the samples table is made on the way where the shard has none."""
+        size, report, content = work.batch_size, work.report, work.content
+        for start in range(0, len(work.rows), size):
+            if work.frozen is not None and not content.absent:
+                return  # every column was given up
+            part = work.rows[start : start + size]
+            skip = self._skipped(work, start, len(part))
+            decoded = self._decoded(work, start, part, skip)
+            if work.frozen is not None:
                 check_unchanged(part, skip, decoded)
-            content.add(start, decoded, frozen is None)
-            if frozen is None and start + size >= len(rows):
-                content.make_samples(rows, self._resolved)
-            batch = self._batch(part, decoded, frozen, start, given)
-            report.seconds["decode"] += time.perf_counter() - began
+            else:
+                content.add(decoded)
+                if start + size >= len(work.rows):
+                    content.make_samples(work.rows, self._resolved)
+            work.seen += len(part)
+            work.no_image.update(f for f, _ in decoded if isinstance(f, str) and f != NOT_ASKED)
+            self._check_limit(work)
+            began = time.perf_counter()
+            kept = {
+                name: [labels.get(start + i, Absent("blank")) for i in range(len(part))]
+                for name, labels in given.items()
+            }
+            name = f"shard {work.job.shard} rows {start} to {start + len(part) - 1}"
+            batch = self._reader.micro_batch(name, size, part, decoded, kept)
+            report.spend("decode", time.perf_counter() - began)
             yield start, batch
             self.rows_done += len(part)
 
-    def _skipped(self, job: Job, frozen: pa.Table | None, start: int, count: int) -> list[str | None]:
-        """Per row, why it is not read: set aside earlier, or a second row with a key."""
-        if frozen is not None:
-            status = frozen.column("status").slice(start, count).to_pylist()
-            return [None if s == OK else s for s in status]
-        return [DUPLICATE if start + i in job.duplicates else None for i in range(count)]
+    def _skipped(self, work: _Work, start: int, count: int) -> list[str | None]:
+        """Per row, why it is not read: set aside earlier, a second row with its key, or not to be made again."""
+        if work.frozen is None:
+            return [DUPLICATE if start + i in work.job.duplicates else None for i in range(count)]
+        status = work.frozen.column("status").slice(start, count).to_pylist()
+        redo = [True] * count if work.redo is None else work.redo[start : start + count]
+        return [s if s != OK else None if again else NOT_ASKED for s, again in zip(status, redo, strict=True)]
 
-    def _decode(
-        self, part: Sequence[Row], skip: Sequence[str | None]
-    ) -> list[tuple[Frame | str, tuple[str, ...]]]:
-        """(frame or reason, captions) per row. I/O errors are raised: they fail the attempt, not the sample."""
-        live = [row for row, why in zip(part, skip, strict=True) if why is None]
-        raw = iter(list(self._source.read(live)))
-        decode = self._resolved.config.decode
+    def _decoded(
+        self, work: _Work, start: int, part: Sequence[Row], skip: Sequence[str | None]
+    ) -> list[Decoded]:
+        began = time.perf_counter()
+        raw = self._reader.read([row for row, why in zip(part, skip, strict=True) if why is None])
+        work.report.spend("read", time.perf_counter() - began)
+        began = time.perf_counter()
+        note = self._journal.entry(f"shard {work.job.shard}", str(start)) if self._journal else nullcontext()
+        with note:
+            decoded = self._reader.decode(raw, skip, apart=start in work.job.careful)
+        work.report.spend("decode", time.perf_counter() - began)
+        return decoded
 
-        def one(sample: RawSample | Exception) -> tuple[Frame | str, tuple[str, ...]]:
-            if isinstance(sample, RejectedImage):
-                return sample.reason, ()
-            if isinstance(sample, Exception):
-                return f"unreadable: {type(sample).__name__}", ()
-            try:
-                return decode_frame(sample.image, decode.shorter_side, decode.filter), sample.captions
-            except RejectedImage as error:
-                return error.reason, sample.captions
-
-        done = self._decoders.map(one, raw)
-        return [next(done) if why is None else (why, ()) for why in skip]
-
-    def _batch(
-        self,
-        part: Sequence[Row],
-        decoded: Sequence[tuple[Frame | str, tuple[str, ...]]],
-        frozen: pa.Table | None,
-        start: int,
-        given: dict[str, dict[int, Label]],
-    ) -> MicroBatch:
-        """Fill up to the fixed batch shape with blanks; rows that were set aside are blank too."""
-        config = self._resolved.config
-        size, side = config.engine.batch_size, config.decode.shorter_side
-        blank = np.zeros((side, side, 3), np.uint8)
-        frames, keys = [blank] * size, [""] * size
-        captions: list[Sequence[str]] = [()] * size
-        truth: list[Mapping[str, Any] | None] = [None] * size
-        present = np.zeros(size, bool)
-        sizes = np.full((size, 2), side, np.int32)
-        whole = np.array([0, 0, side, side, 0], np.int32)
-        crops = np.tile(whole, (size, config.n_crops, 1))
-        for i, (row, (frame, texts)) in enumerate(zip(part, decoded, strict=True)):
-            keys[i] = row.key
-            if isinstance(frame, str):
-                continue
-            frames[i], captions[i], present[i] = frame.pixels, texts, True
-            sizes[i] = frame.height, frame.width
-            crops[i] = draw_crops(config.seed, key64(row.key), frame.width, frame.height, config.n_crops)
-            if self._truth:
-                truth[i] = self._source.truth(row.key)
-        kept = {
-            name: [labels.get(start + i, Absent("blank")) for i in range(size)]
-            for name, labels in given.items()
-        }
-        return MicroBatch(keys, frames, present, sizes, crops, captions, truth, kept)
-
-    def _kept_labels(self, job: Job, rows: Sequence[Row]) -> dict[str, dict[int, Label]]:
+    def _kept_labels(self, work: _Work) -> dict[str, dict[int, Label]]:
         """Labels of this shard that were kept earlier: no forward pass is spent on them again."""
         given: dict[str, dict[int, Label]] = {}
-        for name in self._resolved.closure(list(job.tokens)):
-            recipe = self._resolved.wanted[name].label_recipe
-            if job.shard in self._dataset.finished(name, recipe.short):
-                receipt = self._dataset.receipt(name, recipe.short, job.shard)
-                if receipt.keys != keys_digest(row.key for row in rows):
+        for name in self._resolved.closure(list(work.content.values)):
+            wanted = self._resolved.wanted[name]
+            short = wanted.label_recipe.short
+            if name not in work.job.retry and self._dataset.is_finished(name, short, work.job.shard):
+                receipt = self._dataset.receipt(name, short, work.job.shard)
+                if receipt.keys != keys_digest(row.key for row in work.rows):
                     raise DatasetError(
                         f"{receipt.file}: its keys are not those of the shard; remove its receipt"
                     )
-                given[name] = read_labels(
-                    self._dataset.store.read(receipt.file), self._resolved.wanted[name].modality
-                )
+                given[name] = read_labels(self._dataset.store.read(receipt.file), wanted.modality)
         return given
 
-    def _take(self, content: ShardContent, item: tuple[int, Call], report: JobReport) -> None:
-        start, call = item
-        began = time.perf_counter()
-        result = call.result()
-        report.seconds["wait"] += time.perf_counter() - began
-        for phase, seconds in result.seconds.items():
-            report.seconds[phase] += seconds
-        content.fill(start, result)
+    def _load_retried(self, work: _Work) -> None:
+        """Begin with the cells that are there; of these columns only null ones (of the asked reason) are made again."""
+        content, recipes = work.content, self._resolved.token_recipes()
+        for name in work.job.retry:
+            receipt = self._dataset.receipt(name, recipes[name].short, work.job.shard)
+            column = self._dataset.column(name, recipes[name].short, work.job.shard)
+            reasons, crops = column.reasons.to_pylist(), range(column.n_crops)
+            content.values[name] = [
+                [column.cells(row, crop) for crop in crops] if reason is None else Absent(reason)
+                for row, reason in enumerate(reasons)
+            ]
+            content.redo[name] = np.array([r is not None and work.job.reason in (None, r) for r in reasons])
+            content.epochs[name] = receipt.epoch + 1
+        if set(content.absent) == set(work.job.retry):
+            work.redo = np.logical_or.reduce(list(content.redo.values()))
 
-    # -- committing ----------------------------------------------------------------------------------
+    # -- labelling -----------------------------------------------------------------------------------
 
-    def _commit(
-        self,
-        job: Job,
-        rows: Sequence[Row],
-        frozen: pa.Table | None,
-        content: ShardContent,
-        report: JobReport,
-    ) -> None:
-        """Samples first, then each column: data file, then receipt."""
-        keys = keys_digest(row.key for row in rows)
-        if frozen is None:
-            status = content.samples.column("status").to_pylist()
-            reasons = [None if s == OK else s for s in status]
-            self._write(
-                SAMPLES,
-                self._resolved.samples_recipe,
-                job.shard,
-                keys,
-                reasons,
-                SAMPLES,
-                write_table(content.samples),
-                "arrow",
-                report,
-                None,
+    def _take(self, work: _Work, pending: _Pending) -> None:
+        """Wait for a micro-batch, save what can be saved of it, and remember it."""
+        labels, tokens = (
+            [n for n in names if n in columns]
+            for names, columns in (
+                (pending.labels, work.content.labels),
+                (pending.tokens, work.content.values),
             )
-            if job.shard not in self._dataset.finished(SAMPLES, self._resolved.samples_recipe.short):
-                raise DatasetError(f"{self._dataset.url}: the receipt of samples {job.shard} did not appear")
-        else:
-            status = frozen.column("status").to_pylist()
-        for name in [n for n in self._resolved.wanted if n in job.labels]:
-            wanted = self._resolved.wanted[name]
-            labels = [Absent(s) if s != OK else v for s, v in zip(status, content.labels[name], strict=True)]
-            data = write_labels([row.key for row in rows], labels, wanted.modality)
-            self._write(
-                name,
-                wanted.label_recipe,
-                job.shard,
-                keys,
-                reasons_of(labels),
-                f"labels/{name}",
-                data,
-                "tar",
-                report,
-                wanted,
-            )
-        for name in [n for n in self._resolved.wanted if n in job.tokens]:
-            wanted = self._resolved.wanted[name]
-            cells = [Absent(s) if s != OK else v for s, v in zip(status, content.values[name], strict=True)]
-            recipe = wanted.token_recipe()
-            assert recipe is not None
-            meta = {"recipe": recipe.hash, "tokenizer": wanted.tokenizer or ""}
-            table = column_table(wanted.modality, cells, self._resolved.config.n_crops, meta)
-            self._write(
-                name,
-                recipe,
-                job.shard,
-                keys,
-                reasons_of(cells),
-                f"tokens/{name}",
-                write_table(table),
-                "arrow",
-                report,
-                wanted,
-            )
-
-    def _write(
-        self,
-        column: str,
-        recipe: Recipe,
-        shard: int,
-        keys: str,
-        reasons: Sequence[str | None],
-        folder: str,
-        data: bytes,
-        ending: str,
-        report: JobReport,
-        wanted: Wanted | None,
-    ) -> None:
-        engine = self._resolved.config.engine
-        absent = absent_counts(reasons)
-        faults = sum(count for reason, count in absent.items() if reason not in NOT_A_FAULT)
-        limit = max(engine.max_absent_share * len(reasons), engine.max_absent_rows)
-        if faults > limit and column != SAMPLES:
-            most = max((r for r in absent if r not in NOT_A_FAULT), key=lambda r: absent[r])
-            report.parked[column] = (
-                f"{faults} of {len(reasons)} rows have no value (limit {int(limit)}), most often {most!r}; "
-                "look at the source, or raise engine.max_absent_share"
-            )
-            return
-        name = self._dataset.put_data(folder, shard, data, ending)
-        receipt = Receipt(
-            column=column,
-            recipe=recipe.hash,
-            shard=shard,
-            rows=len(reasons),
-            absent=absent,
-            presence=pack_presence(np.array([r is None for r in reasons], bool)),
-            keys=keys,
-            file=name,
-            sha256=hashlib.sha256(data).hexdigest(),
-            bytes=len(data),
-            dataset=self._dataset.digest,
-            source=self._source_facts() if column == SAMPLES else {},
-            provenance=_provenance(wanted),
-            environment=self._environment,
-            timings={k: round(v, 4) for k, v in report.seconds.items()},
         )
-        (report.committed if self._dataset.commit(recipe, receipt) else report.lost_races).append(column)
 
-    def _source_facts(self) -> dict[str, Any]:
-        if self._source_digest is None:
-            self._source_digest = self._source.digest()
-        return {"digest": self._source_digest, "rows_total": self._rows_total}
+        def again(batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> MicroResult:
+            return self._submit(pending.group, batch, labels, tokens).result()
 
-    def set_listing(self, digest: str, rows: int) -> None:
-        """The source as it was when these jobs were planned: its digest, and how many rows it listed."""
-        self._source_digest, self._rows_total = digest, rows
+        began = time.perf_counter()
+        result, failed = settle(
+            pending.call.result,
+            pending.batch,
+            labels,
+            tokens,
+            again=again,
+            dependents=lambda step: [n for n in self._resolved.wanted if step in self._resolved.closure([n])],
+            limit=work.limit,
+        )
+        work.report.spend("wait", time.perf_counter() - began)
+        self._account(work.report, pending, result)
+        count = min(len(work.rows) - pending.start, work.batch_size)
+        rows = [i for i in range(count) if pending.batch.present[i]]
+        work.content.fill(pending.start, result, rows)
+        for error in failed:
+            for name in error.names:
+                self._give_up(work, name, str(error))
+        self._check_limit(work)
+
+    def _account(self, report: JobReport, pending: _Pending, result: MicroResult) -> None:
+        """Forward and tokenize by modality; what a group's specialist worked and waited, by each modality of it."""
+        busy = sum(s for phase, s in result.seconds.items() if phase != "starved")
+        for phase, seconds in result.seconds.items():
+            if phase != "starved":
+                report.spend(phase, seconds)
+        for name in dict.fromkeys([*pending.labels, *pending.tokens]):
+            report.spend(f"busy {name}", busy)
+            report.spend(f"starved {name}", result.seconds.get("starved", 0.0))
+
+    def _check_limit(self, work: _Work) -> None:
+        """Garbage is given up early, not after its last row."""
+        for name, absent in list(work.content.absent.items()):
+            why = too_many_absent(work.no_image + absent, len(work.rows), work.limit, work.seen)
+            if why:
+                self._give_up(work, name, why)
+
+    def _give_up(self, work: _Work, name: str, why: str) -> None:
+        work.report.parked[name] = why
+        work.content.give_up(name)
 
 
-def _provenance(wanted: Wanted | None) -> dict[str, Any]:
-    if wanted is None or wanted.settings is None:
-        return {}
-    checkpoint = wanted.make_labeler().checkpoint
-    model = wanted.settings.model or wanted.make_labeler().default_model
-    return {"labeler": wanted.labeler, "model": model, "weights": checkpoint.identity if checkpoint else None}
+__all__ = ["NOT_A_FAULT", "Call", "JobReport", "Runner", "Submit"]

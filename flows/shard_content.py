@@ -2,70 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fourmill.errors import DatasetError
+from fourmill.flows.micro_batch import MicroResult
 from fourmill.flows.plan import Job
+from fourmill.flows.reading import Decoded
 from fourmill.flows.resolve import Resolved
-from fourmill.flows.specialist import MicroResult
+from fourmill.flows.specialist import NO_CAPTION
 from fourmill.labels import Absent, Label
-from fourmill.shards.decode import Frame
-from fourmill.shards.samples import sample_table
+from fourmill.shards.samples import DUPLICATE, sample_table
 from fourmill.shards.sources.base import Row
+
+#: reasons that are facts of the source and no fault: they count neither as rejects nor toward the limit
+NOT_A_FAULT = frozenset({NO_CAPTION, DUPLICATE})
 
 
 class ShardContent:
-    """What was made of one shard so far, by row."""
+    """What was made of one shard so far, by row. Columns that were given up are gone."""
 
     def __init__(self, rows: int, job: Job) -> None:
-        self.decoded: list[tuple[Any, tuple[str, ...]]] = []
         self.labels: dict[str, list[Label]] = {name: [Absent("not made")] * rows for name in job.labels}
         self.values: dict[str, list[Any]] = {name: [Absent("not made")] * rows for name in job.tokens}
+        self.epochs: dict[str, int] = {}  # of columns whose null cells are tried again, and
+        self.redo: dict[str, np.ndarray] = {}  # bool (rows,): the cells that are
         self.samples: pa.Table = None
+        self.absent: dict[str, Counter[str]] = {n: Counter() for n in [*job.labels, *job.tokens]}  # by reason
+        self._decoded: list[tuple[Any, tuple[str, ...]]] = []
 
-    def add(self, start: int, decoded: Sequence[tuple[Frame | str, tuple[str, ...]]], keep: bool) -> None:
+    def add(self, decoded: Iterable[Decoded]) -> None:
         """Remember sizes and captions for the samples table, not pixels."""
-        if keep:
-            for frame, captions in decoded:
-                self.decoded.append(
-                    (frame if isinstance(frame, str) else (frame.width, frame.height), captions)
-                )
+        for frame, captions in decoded:
+            self._decoded.append((frame if isinstance(frame, str) else (frame.width, frame.height), captions))
 
     def make_samples(self, rows: Sequence[Row], resolved: Resolved) -> None:
         config = resolved.config
-        sizes = [size for size, _ in self.decoded]
-        captions = [texts for _, texts in self.decoded]
+        sizes = [size for size, _ in self._decoded]
+        captions = [texts for _, texts in self._decoded]
         self.samples = sample_table(
             rows, sizes, captions, seed=config.seed, n_crops=config.n_crops, val_fraction=config.val_fraction
         )
 
-    def fill(self, start: int, result: MicroResult) -> None:
+    def wanted(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Of these modalities, the ones whose labels and the ones whose tokens are still to be made."""
+        names = list(names)
+        return [n for n in names if n in self.labels], [n for n in names if n in self.values]
+
+    def fill(self, start: int, result: MicroResult, rows: Sequence[int]) -> None:
+        """Take over ``rows`` (within the micro-batch that begins at row ``start``) of what a specialist made."""
         for target, made in ((self.labels, result.labels), (self.values, result.values)):
             for name, values in made.items():
-                column = target[name]
-                for i, value in enumerate(values[: len(column) - start]):
-                    column[start + i] = value
+                if name in target:
+                    redo = self.redo.get(name)
+                    for i in rows:
+                        if redo is None or redo[start + i]:
+                            target[name][start + i] = values[i]
+        for name in {*result.labels, *result.values} & set(self.absent):
+            cells: list[Any] = result.values.get(name) or result.labels[name]
+            self.absent[name].update(cells[i].reason for i in rows if isinstance(cells[i], Absent))
+
+    def give_up(self, name: str) -> None:
+        for columns in (self.labels, self.values, self.absent):
+            columns.pop(name, None)
 
 
-def check_unchanged(
-    part: Sequence[Row], skip: Sequence[str | None], decoded: Sequence[tuple[Frame | str, tuple[str, ...]]]
-) -> None:
+def check_unchanged(part: Sequence[Row], skip: Sequence[str | None], decoded: Sequence[Decoded]) -> None:
     """A row that was readable when its shard was frozen must still be: otherwise the source has changed."""
-    for row, why, (frame, _) in zip(part, skip, decoded, strict=bool(decoded)):
+    for row, why, (frame, _) in zip(part, skip, decoded, strict=True):
         if why is None and isinstance(frame, str):
             raise DatasetError(
                 f"source row {row.key!r} was readable when its shard was made and is now {frame!r}; restore it"
             )
-
-
-def rows_of(samples: pa.Table) -> list[Row]:
-    return [
-        Row(k, p) for k, p in zip(samples["key"].to_pylist(), samples["position"].to_pylist(), strict=True)
-    ]
-
-
-def reasons_of(cells: Sequence[Any]) -> list[str | None]:
-    return [cell.reason if isinstance(cell, Absent) else None for cell in cells]

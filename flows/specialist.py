@@ -6,16 +6,20 @@ a plain object; `fourmill.flows.engine` wraps it in a Ray actor.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fourmill.crops import crop_boxes, crop_map
 from fourmill.errors import ContractError
+from fourmill.flows.journal import Journal
+from fourmill.flows.micro_batch import Failure, MicroBatch, MicroResult
 from fourmill.flows.resolve import Wanted
 from fourmill.labelers.base import LabelBatch, Labeler
 from fourmill.labelers.quality import check
@@ -26,45 +30,29 @@ from fourmill.shards.dataset import Dataset
 from fourmill.tokenize.base import Codec, load_codec
 
 NO_CAPTION = "no caption"
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """B rows of one shard, decoded. B is the same for every micro-batch of a run; short ones hold blanks.
-
-    ``frames`` uint8 (H, W, 3) per row; ``sizes`` int32 (B, 2) original height, width; ``crops`` int32
-    (B, n_crops, 5). ``given`` holds labels that were kept earlier, by modality.
-    """
-
-    keys: Sequence[str]
-    frames: Sequence[np.ndarray]
-    present: np.ndarray
-    sizes: np.ndarray
-    crops: np.ndarray
-    captions: Sequence[Sequence[str]]
-    truth: Sequence[Mapping[str, Any] | None] = ()
-    given: Mapping[str, Sequence[Label]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class MicroResult:
-    """``values``: per modality one cell per row; ``labels``: per kept modality one label per row."""
-
-    values: dict[str, list[Cell]]
-    labels: dict[str, list[Label]]
-    seconds: dict[str, float]
+logger = logging.getLogger(__name__)
 
 
 class Specialist:
     """Hosts the labelers and codecs of a group, each loaded once."""
 
-    def __init__(self, dataset_url: str, group: Sequence[Wanted], image_size: int, device: str) -> None:
+    def __init__(
+        self,
+        dataset_url: str,
+        group: Sequence[Wanted],
+        image_size: int,
+        device: str,
+        journal: tuple[str, str] | None = None,
+    ) -> None:
+        """``journal``: folder on this node and name, see `fourmill.flows.journal`."""
         self._dataset_url = dataset_url
         self._group = {wanted.name: wanted for wanted in group}
         self._image_size = image_size
         self._device = device
         self._labelers: dict[str, Labeler] | None = None
         self._codecs: dict[str, Codec] = {}
+        self._journal = Journal(Path(journal[0]), journal[1]) if journal else None
+        self._ended: float | None = None  # when the last micro-batch was done
 
     def ready(self) -> dict[str, Any]:
         """Load everything; returns the environment that receipts record."""
@@ -92,27 +80,64 @@ class Specialist:
         return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
 
     def process(self, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> MicroResult:
-        """Label and tokenize. ``labels``: modalities whose labels are wanted back; ``tokens``: to tokenize."""
+        """Label and tokenize. ``labels``: modalities whose labels are wanted back; ``tokens``: to tokenize.
+
+        What a labeler or codec raises fails its modality and those that need it, no other. I/O errors and memory that
+        runs out are no fault of the rows: they are raised.
+        """
         self.ready()
-        seconds = {"forward": 0.0, "tokenize": 0.0}
+        result = MicroResult()
+        if self._ended is not None:
+            result.seconds["starved"] = time.perf_counter() - self._ended
         made: dict[str, list[Label]] = {}
-        needed = {*labels, *tokens}
-        for name in reversed(list(self._group)):
-            if name in needed and name not in batch.given:
-                needed.update(self._group[name].upstream)
-        for name, wanted in self._group.items():
-            if name in needed:
-                start = time.perf_counter()
+        for name in self._needed(batch, {*labels, *tokens}):
+            wanted = self._group[name]
+            upstream = next((up for up in wanted.upstream if up in result.failed), None)
+            if upstream is not None and name not in batch.given:
+                result.failed[name] = result.failed[upstream]
+                continue
+            with self._guarded(name, batch, result, "forward"):
                 made[name] = (
                     list(batch.given[name]) if name in batch.given else self._label(wanted, batch, made)
                 )
-                seconds["forward"] += time.perf_counter() - start
-        values = {}
-        for name in tokens:
-            start = time.perf_counter()
-            values[name] = self._tokenize(self._group[name], batch, made[name])
-            seconds["tokenize"] += time.perf_counter() - start
-        return MicroResult(values, {name: made[name] for name in labels}, seconds)
+            if name in tokens and name in made:
+                with self._guarded(name, batch, result, "tokenize"):
+                    result.values[name] = self._tokenize(wanted, batch, made[name])
+        result.labels = {name: made[name] for name in labels if name not in result.failed}
+        self._ended = time.perf_counter()
+        return result
+
+    def _needed(self, batch: MicroBatch, names: set[str]) -> list[str]:
+        """With what they need, upstream first."""
+        needed = set(names)
+        for name in reversed(list(self._group)):
+            if name in needed and name not in batch.given:
+                needed.update(self._group[name].upstream)
+        return [name for name in self._group if name in needed]
+
+    @contextmanager
+    def _guarded(self, name: str, batch: MicroBatch, result: MicroResult, phase: str) -> Iterator[None]:
+        """Time it, note it in the journal, and remember what somebody's code raises as a failure of its modality."""
+        import torch
+
+        start = time.perf_counter()
+        note = self._journal.entry(batch.name, name) if self._journal else nullcontext()
+        try:
+            with note:
+                yield
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except torch.AcceleratorError:
+            os._exit(1)  # such an error stays with the process: Ray starts a new one
+        except Exception as error:
+            kind = (
+                "broke its contract" if isinstance(error, ContractError) else f"raised {type(error).__name__}"
+            )
+            words = " ".join(str(error).split())
+            result.failed[name] = Failure(name, f"{name} {kind}", f"{type(error).__name__}: {words}"[:500])
+            logger.warning("%s: %s", batch.name, result.failed[name].text, exc_info=True)
+        spent = f"{phase} {name}"
+        result.seconds[spent] = result.seconds.get(spent, 0.0) + time.perf_counter() - start
 
     # -- labels ---------------------------------------------------------------------------------------
 

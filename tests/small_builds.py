@@ -22,10 +22,11 @@ from PIL import Image
 from fourmill.config import Config, check_config
 from fourmill.flows import cli
 from fourmill.flows.engine import EngineReport
+from fourmill.flows.micro_batch import MicroBatch
 from fourmill.flows.plan import Plan
 from fourmill.flows.resolve import Resolved
 from fourmill.flows.runner import Call, Runner
-from fourmill.flows.specialist import MicroBatch, Specialist
+from fourmill.flows.specialist import Specialist
 from fourmill.shards.sources.scenes import render
 
 #: what ends up in the dataset and must not depend on how often a run was interrupted
@@ -106,8 +107,7 @@ def run_jobs_here(resolved: Resolved, plan: Plan, on_progress: Callable[[int, in
         made = specialists[group].process(batch, labels, tokens)
         return Call(lambda: made)
 
-    runner = Runner(config, dict(resolved.wanted), submit, specialists[0].ready())
-    runner.set_listing(*plan.listing)
+    runner = Runner(config, resolved.wanted, submit, specialists[0].ready(), plan.listing)
     total = sum(plan.shards[job.shard] for job in plan.jobs)
     for job in plan.jobs:
         report.add(runner.run(job))

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fourmill.errors import SourceError
+from fourmill.errors import FourmillError, SourceError
 from fourmill.flows.engine import device_of
+from fourmill.flows.micro_batch import MicroBatch
 from fourmill.flows.report.measures import Baseline, Measure, family_of, measure_class
 from fourmill.flows.report.view import Sample, Trained, View
-from fourmill.flows.specialist import MicroBatch, Specialist, crop_label
+from fourmill.flows.specialist import Specialist, crop_label
 from fourmill.labelers.base import LabelerSettings, labelers
 from fourmill.labels import Absent, Label
 from fourmill.shards.decode import RejectedImage, decode_frame
@@ -73,7 +74,10 @@ class Reader:
         for start in range(0, len(samples), size):
             part = list(samples[start : start + size])
             batch = self._batch(part, size)
-            made = self._specialist.process(batch, self.names, ()).labels
+            result = self._specialist.process(batch, self.names, ())
+            for failure in result.failed.values():
+                raise FourmillError(f"report: {failure.reason} ({failure.text})")
+            made = result.labels
             labels = {
                 name: [self._crop(name, labels[i], sample) for i, sample in enumerate(part)]
                 for name, labels in made.items()
@@ -104,6 +108,7 @@ class Reader:
         crops = [np.tile(sample.crop, (config.n_crops, 1)) for sample in part]
         whole = np.tile(np.array([0, 0, side, side, 0], np.int32), (config.n_crops, 1))
         return MicroBatch(
+            name="report",
             keys=[*(s.key for s in part), *[""] * fill],
             frames=[*frames, *[blank] * fill],
             present=np.arange(size) < len(part),

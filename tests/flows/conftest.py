@@ -16,10 +16,11 @@ from photographs import Photo, encoded, original, photographs
 from fourmill.config import Config, load_config
 from fourmill.flows.build import build
 from fourmill.flows.engine import EngineReport, OnProgress, ray_session
+from fourmill.flows.micro_batch import MicroBatch
 from fourmill.flows.plan import Plan
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.runner import Call, Runner
-from fourmill.flows.specialist import MicroBatch, Specialist
+from fourmill.flows.specialist import Specialist
 from fourmill.seeds import key64, split_of
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.snapshot import Snapshot
@@ -45,8 +46,7 @@ def run_here(resolved: Resolved, plan: Plan, on_progress: OnProgress) -> EngineR
         result = hosts[group].process(batch, labels, tokens)
         return Call(lambda: result)
 
-    runner = Runner(config, resolved.wanted, submit, hosts[0].ready())
-    runner.set_listing(*plan.listing)
+    runner = Runner(config, resolved.wanted, submit, hosts[0].ready(), plan.listing)
     report = EngineReport()
     for job in plan.jobs:
         report.add(runner.run(job))

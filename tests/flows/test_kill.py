@@ -281,7 +281,7 @@ def actors(kind: str) -> list[int]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kind", ["Specialist", "_RunnerActor"])
+@pytest.mark.parametrize("kind", ["Specialist", "RunnerActor"])
 def test_an_actor_is_killed(
     tmp_path: Path, reference: tuple[Path, dict[str, Any]], cluster: None, kind: str
 ) -> None:

@@ -1,0 +1,191 @@
+"""Committing a shard: samples first, then each column; data file, then receipt."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fourmill import __version__
+from fourmill.errors import DatasetError
+from fourmill.flows.plan import Job
+from fourmill.flows.resolve import Resolved, Wanted
+from fourmill.flows.shard_content import NOT_A_FAULT, ShardContent
+from fourmill.labels import Absent
+from fourmill.seeds import keys_digest
+from fourmill.shards.arrow import column_table, write_table
+from fourmill.shards.dataset import SAMPLES, Dataset, absent_counts
+from fourmill.shards.receipts import Receipt, Recipe, pack_presence
+from fourmill.shards.samples import OK
+from fourmill.shards.sources.base import Row
+from fourmill.shards.tar import write_labels
+
+
+@dataclass
+class JobReport:
+    """What became of a job. ``parked``: column -> why it was not committed."""
+
+    shard: int
+    rows: int = 0
+    committed: list[str] = field(default_factory=list)
+    lost_races: list[str] = field(default_factory=list)
+    parked: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # "phase", or "phase modality"
+
+    def spend(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+class Committer:
+    """Writes the columns of jobs into one dataset."""
+
+    def __init__(
+        self, resolved: Resolved, dataset: Dataset, environment: Mapping[str, Any], listing: tuple[str, int]
+    ) -> None:
+        """``listing``: the source as it was when the jobs were planned: its digest, and how many rows it listed."""
+        self._resolved, self._dataset, self._listing = resolved, dataset, listing
+        self._environment = {
+            "fourmill": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+            **environment,
+        }
+
+    def limit(self, rows: int) -> int:
+        """How many rows of a shard may have no value for a reason that is a fault."""
+        engine = self._resolved.config.engine
+        return int(max(engine.max_absent_share * rows, engine.max_absent_rows))
+
+    def commit(
+        self, job: Job, rows: Sequence[Row], frozen: pa.Table | None, content: ShardContent, batch_size: int,
+        report: JobReport,
+    ) -> None:  # fmt: skip
+        """Commit what ``content`` has. Raises OSError and DatasetError; what is committed by then stays."""
+        shard = _Shard(job.shard, keys_digest(row.key for row in rows), batch_size)
+        resolved = self._resolved
+        if frozen is None:
+            status = content.samples.column("status").to_pylist()
+            reasons = [None if s == OK else s for s in status]
+            data = write_table(content.samples)
+            self._put(shard, SAMPLES, resolved.samples_recipe, reasons, SAMPLES, data, "arrow", report, None)
+            if not self._dataset.is_finished(SAMPLES, resolved.samples_recipe.short, job.shard):
+                raise DatasetError(f"{self._dataset.url}: the receipt of samples {job.shard} did not appear")
+        else:
+            status = frozen.column("status").to_pylist()
+        for name, wanted in resolved.wanted.items():
+            if name in content.labels:
+                cells = _with_status(content.labels[name], status)
+                data = write_labels([row.key for row in rows], cells, wanted.modality)
+                folder = f"labels/{name}"
+                self._put_checked(shard, wanted.label_recipe, cells, folder, data, "tar", report, wanted)
+        for name, wanted in resolved.wanted.items():
+            if name in content.values:
+                cells = _with_status(content.values[name], status)
+                recipe = wanted.token_recipe()
+                assert recipe is not None
+                meta = {"recipe": recipe.hash, "tokenizer": wanted.tokenizer or ""}
+                data = write_table(column_table(wanted.modality, cells, resolved.config.n_crops, meta))
+                epoch = content.epochs.get(name, 0)
+                self._put_checked(
+                    shard, recipe, cells, f"tokens/{name}", data, "arrow", report, wanted, epoch
+                )
+
+    def _put_checked(
+        self, shard: _Shard, recipe: Recipe, cells: Sequence[Any], folder: str, data: bytes, ending: str,
+        report: JobReport, wanted: Wanted, epoch: int = 0,
+    ) -> None:  # fmt: skip
+        """Commit the column unless too many of its rows have no value."""
+        reasons = [cell.reason if isinstance(cell, Absent) else None for cell in cells]
+        why = too_many_absent(absent_counts(reasons), len(reasons), self.limit(len(reasons)))
+        if why:
+            report.parked[wanted.name] = why
+        else:
+            self._put(shard, wanted.name, recipe, reasons, folder, data, ending, report, wanted, epoch)
+
+    def _put(
+        self, shard: _Shard, column: str, recipe: Recipe, reasons: Sequence[str | None], folder: str, data: bytes,
+        ending: str, report: JobReport, wanted: Wanted | None, epoch: int = 0,
+    ) -> None:  # fmt: skip
+        began = time.perf_counter()
+        name = self._dataset.put_data(folder, shard.number, data, ending)
+        write = time.perf_counter() - began
+        report.spend(f"write {column}", write)
+        digest, rows_total = self._listing
+        receipt = Receipt(
+            column=column,
+            recipe=recipe.hash,
+            shard=shard.number,
+            rows=len(reasons),
+            absent=absent_counts(reasons),
+            presence=pack_presence(np.array([r is None for r in reasons], bool)),
+            keys=shard.keys,
+            file=name,
+            sha256=hashlib.sha256(data).hexdigest(),
+            bytes=len(data),
+            dataset=self._dataset.digest,
+            source={"digest": digest, "rows_total": rows_total} if column == SAMPLES else {},
+            provenance=_provenance(wanted),
+            environment={**self._environment, "batch_size": shard.batch_size},
+            timings=_timings(report, column),
+            **({"epoch": epoch} if epoch else {}),
+        )
+        won = self._dataset.commit(recipe, receipt)
+        (report.committed if won else report.lost_races).append(column)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    number: int
+    keys: str  # digest of the key column
+    batch_size: int
+
+
+def too_many_absent(absent: Mapping[str, int], rows: int, limit: int, seen: int | None = None) -> str | None:
+    """What to say of a column with so many rows without a value, by reason; None where they are within ``limit``.
+
+    ``seen``: how many of the shard's rows the counts are of, where they are not of all.
+    """
+    faults = {reason: count for reason, count in absent.items() if reason not in NOT_A_FAULT}
+    if sum(faults.values()) <= limit:
+        return None
+    among = rows if seen in (None, rows) else f"the first {seen}"
+    most = max(faults, key=lambda reason: faults[reason])
+    return (
+        f"{sum(faults.values())} of {among} rows have no value (limit {limit}), most often {most!r}; "
+        "look at the source, or raise engine.max_absent_share"
+    )
+
+
+def _with_status(cells: Sequence[Any], status: Sequence[str]) -> list[Any]:
+    """A row without an image has no value in any column, and the same reason in all."""
+    return [Absent(s) if s != OK else cell for s, cell in zip(status, cells, strict=True)]
+
+
+def _timings(report: JobReport, column: str) -> dict[str, float]:
+    """Seconds that the shard took so far, and when it was committed (s since 1970).
+
+    ``read``, ``decode``, ``wait`` (the runner for specialists) are of the shard; ``forward``, ``tokenize``, ``write`` of this
+    column; ``busy`` and ``starved`` (of input) of the specialists that made it.
+    """
+    spent = {p: report.seconds.get(p, 0.0) for p in ("read", "decode", "wait")}
+    for phase in ("forward", "tokenize", "write", "busy", "starved"):
+        spent[phase] = report.seconds.get(f"{phase} {column}", 0.0)
+    return {
+        **{phase: round(seconds, 4) for phase, seconds in spent.items()},
+        "committed": round(time.time(), 3),
+    }
+
+
+def _provenance(wanted: Wanted | None) -> dict[str, Any]:
+    if wanted is None or wanted.settings is None:
+        return {}
+    checkpoint = wanted.make_labeler().checkpoint
+    model = wanted.settings.model or wanted.make_labeler().default_model
+    return {"labeler": wanted.labeler, "model": model, "weights": checkpoint.identity if checkpoint else None}

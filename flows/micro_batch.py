@@ -1,0 +1,98 @@
+"""What travels between a runner and its specialists."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fourmill.labels import Absent, Boxes, Label
+from fourmill.shards.arrow import Cell
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """B rows of one shard, decoded. B is the same for every micro-batch of a job; short ones hold blanks.
+
+    ``frames`` uint8 (H, W, 3) per row; ``present`` bool (B,), False for blanks and for rows that were set aside;
+    ``sizes`` int32 (B, 2) original height, width; ``crops`` int32 (B, n_crops, 5). ``given`` holds labels that were kept
+    earlier, by modality. ``name`` says whose rows these are, to a journal.
+    """
+
+    name: str
+    keys: Sequence[str]
+    frames: Sequence[np.ndarray]
+    present: np.ndarray
+    sizes: np.ndarray
+    crops: np.ndarray
+    captions: Sequence[Sequence[str]]
+    truth: Sequence[Mapping[str, Any] | None] = ()
+    given: Mapping[str, Sequence[Label]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pixels and of the labels that are given: what counts."""
+        given = sum(_label_bytes(label) for labels in self.given.values() for label in labels)
+        return sum(frame.nbytes for frame in self.frames) + given
+
+    def blanked(self, rows: Collection[int]) -> MicroBatch:
+        """The same shape, with every row but these as if it had been set aside."""
+        keep = [i in rows for i in range(len(self.keys))]
+        return replace(
+            self,
+            frames=[f if k else np.zeros_like(f) for f, k in zip(self.frames, keep, strict=True)],
+            present=self.present & np.array(keep, bool),
+            captions=[c if k else () for c, k in zip(self.captions, keep, strict=True)],
+            truth=[t if k else None for t, k in zip(self.truth, keep, strict=True)] if self.truth else (),
+            given={
+                name: [label if k else Absent("blank") for label, k in zip(labels, keep, strict=True)]
+                for name, labels in self.given.items()
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a modality of a micro-batch could not be made."""
+
+    step: str  # the modality whose labeler or codec was at fault: itself, or one that it needs
+    reason: str  # for null cells, the same for every row of its kind, e.g. "depth raised ValueError"
+    text: str  # for people, with the error's own words
+    fatal: bool = False  # the process ended: once is no proof that the rows are to blame
+
+
+@dataclass
+class MicroResult:
+    """``values``: one cell per row of a tokenized modality; ``labels``: one label per row of one to be kept."""
+
+    values: dict[str, list[Cell]] = field(default_factory=dict)
+    labels: dict[str, list[Label]] = field(default_factory=dict)
+    failed: dict[str, Failure] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # phase, or "phase modality"
+
+    def add(self, other: MicroResult) -> None:
+        """Take over the modalities and the time of another call."""
+        self.values |= other.values
+        self.labels |= other.labels
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def take_rows(self, other: MicroResult, rows: Collection[int]) -> None:
+        """Take over these rows of modalities that both have."""
+        for mine, theirs in ((self.values, other.values), (self.labels, other.labels)):
+            for name, column in theirs.items():
+                for row in rows:
+                    mine[name][row] = column[row]
+
+    def set_aside(self, row: int, reason: str) -> None:
+        for columns in (self.values, self.labels):
+            for column in columns.values():
+                column[row] = Absent(reason)
+
+
+def _label_bytes(label: Any) -> int:
+    if isinstance(label, Boxes):
+        return int(label.xyxy.nbytes)
+    return int(getattr(label, "nbytes", 64))
