@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from fourmill.shards.receipts import (
     sha256,
     shard_and_epoch,
 )
+from fourmill.storage import Store
 
 RECIPE = Recipe("token", {"labeler": "depth"})
 
@@ -85,3 +90,117 @@ def test_the_dataset_goes_by_the_highest_epoch(dataset: Dataset) -> None:
     assert {s: r.epoch for s, r in dataset.receipts("depth", short).items()} == {0: 1, 10: 0}
     with pytest.raises(DatasetError, match=r"shard-000001\.json is missing"):
         dataset.receipt("depth", short, 1)
+
+
+# -- the cache ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[], tuple[dict[int, Receipt], int]]:
+    """Opens the dataset anew, reads 40 receipts, and says how many files of receipts that took."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for shard in range(40):
+        dataset.commit(RECIPE, make_receipt(shard, timings={"read": 1.5}, source={"digest": "x"}))
+
+    def read() -> tuple[dict[int, Receipt], int]:
+        fresh, names = Dataset(dataset.url), []
+        original = Store.read_if_exists
+
+        def noted(self: Store, name: str) -> bytes | None:
+            names.append(name)
+            return original(self, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "read_if_exists", noted)
+            return fresh.receipts("depth", RECIPE.short), len(names)
+
+    return read
+
+
+def cache_file(tmp_path: Path) -> Path:
+    (file,) = (tmp_path / "cache" / "fourmill" / "receipts").iterdir()
+    return file
+
+
+def test_receipts_are_read_once(
+    counted: Callable[[], tuple[dict[int, Receipt], int]], dataset: Dataset, tmp_path: Path
+) -> None:
+    first, files = counted()
+    assert files == 40 and list(first) == list(range(40))
+    again, files = counted()
+    assert files == 0 and again == first
+    dataset.receipts("depth", RECIPE.short)
+    assert dataset.receipts("depth", RECIPE.short) == first
+    dataset.commit(RECIPE, make_receipt(7, epoch=1))
+    later, files = counted()
+    assert files == 1 and later == first | {7: make_receipt(7, epoch=1)}
+    assert tmp_path.name not in cache_file(tmp_path).name, "an URL may hold a secret"
+
+
+def test_a_receipt_that_was_replaced_is_read_anew(
+    counted: Callable[[], tuple[dict[int, Receipt], int]], dataset: Dataset
+) -> None:
+    first, _ = counted()
+    assert dataset.receipts("depth", RECIPE.short) == first
+    name = receipt_name("depth", RECIPE.short, 3)
+    dataset.store.remove(name)
+    time.sleep(0.01)  # memory:// knows nothing but the time
+    other = make_receipt(3, bytes=2)
+    dataset.commit(RECIPE, other)
+    assert counted() == (first | {3: other}, 1)
+    assert dataset.receipts("depth", RECIPE.short) == first | {3: other}, "in memory too"
+    dataset.store.remove(name)
+    assert 3 not in counted()[0]
+
+
+def test_a_damaged_receipt_is_never_believed(
+    counted: Callable[[], tuple[dict[int, Receipt], int]], dataset: Dataset
+) -> None:
+    counted()
+    name = receipt_name("depth", RECIPE.short, 3)
+    dataset.store.put(name, dataset.store.read(name).replace(b'"rows": 4', b'"rows": 5'))
+    with pytest.raises(DatasetError, match=r"shard-000003\.json: the receipt is damaged"):
+        counted()
+
+
+@pytest.mark.parametrize("damage", ["no database", "cut off", "another row", "a folder", "read only"])
+def test_a_cache_that_cannot_be_used_is_no_error(
+    counted: Callable[[], tuple[dict[int, Receipt], int]],
+    tmp_path: Path,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, _ = counted()
+    file = cache_file(tmp_path)
+    with caplog.at_level("DEBUG", "fourmill.shards.receipt_cache"):
+        if damage == "no database":
+            file.write_bytes(b"x" * 9999)
+        elif damage == "cut off":
+            file.write_bytes(file.read_bytes()[:5000])
+        elif damage == "another row":
+            with sqlite3.connect(file) as database:
+                database.execute("UPDATE receipts SET body = replace(body, 'Dw==', 'Cw==')")
+        elif damage == "a folder":
+            file.unlink()
+            file.mkdir()
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such/place")
+        assert counted() == (first, 40)
+        assert counted()[0] == first
+    said = [r for r in caplog.records if r.levelname == "DEBUG"]
+    assert len(said) == (0 if damage == "another row" else 1), caplog.text
+    if damage in ("no database", "cut off", "another row"):
+        assert counted() == (first, 0), "it is made again"
+
+
+def test_processes_share_a_cache(
+    counted: Callable[[], tuple[dict[int, Receipt], int]], dataset: Dataset
+) -> None:
+    """Many at once, some of them holding the file: each gets the receipts."""
+    expected, _ = counted()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: Dataset(dataset.url).receipts("depth", RECIPE.short), range(32)))
+    assert all(receipts == expected for receipts in found)
