@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from fourmill.flows.plan import Plan, fit_shards, make_plan
 from fourmill.flows.progress import progress, say
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import Status, status
+from fourmill.lease import single_writer_lease
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.storage import Store
 
@@ -58,11 +60,13 @@ def plain_stage(name: str, call: Callable[[], T]) -> T:
 
 def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage = plain_stage) -> BuildResult:
     """Make what is missing. Raises WorkMissing when something still is, once all that could be done is done."""
-    with interruptible():
+    with interruptible(), ExitStack() as stack:
         resolved = resolve(config)
         _check_storage(config)
         if not Store(config.dataset).exists("dataset.yaml"):
             make_plan(resolved, None)  # an empty source is refused before the dataset exists
+        if config.engine.single_writer:
+            stack.enter_context(single_writer_lease(Store(config.dataset)))
         dataset = Dataset.create(config.dataset, resolved.identity)
         _add_given_tokenizers(resolved, dataset)
         total = EngineReport()
