@@ -214,6 +214,22 @@ def inspect(
         console.print(part)
 
 
+@app.command(epilog="Example: [bold]fourmill gc data/demo --older-than 30d --delete[/bold]")
+def gc(
+    dataset: DatasetUrl,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="remove it; without this nothing is touched")
+    ] = False,
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="only what is older, by the store's clock: 7d, 12h")
+    ] = "7d",
+) -> None:
+    """Show, or remove, what crashes and replaced work left: files that no receipt and no snapshot names."""
+    from fourmill.flows.cleaning import clean
+
+    console.print(clean(dataset, delete, older_than), soft_wrap=True)
+
+
 @app.command(epilog="Example: [bold]fourmill doctor configs/cc12m.yaml[/bold]")
 def doctor(config: ConfigName, overrides: Overrides = None) -> None:
     """Check disk, memory, versions, checkpoints, source and storage before a long run."""

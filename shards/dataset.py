@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from fourmill.shards.receipts import (
     receipt_name,
     receipt_prefix,
     sha256,
+    shard_and_epoch,
     shard_number,
 )
 from fourmill.storage import Entry, Store
@@ -173,14 +174,28 @@ class Dataset:
         known = self._cache.read(folder, {name: entries[name] for name in found.values()})
         return {shard: known[found[shard]] for shard in sorted(found)}
 
+    def every_receipt(self) -> Iterator[Receipt]:
+        """Of every column, recipe and epoch, stale ones too."""
+        for column in self.columns():
+            for short in self.store.names(f"receipts/{column}"):
+                folder = f"receipts/{column}/{short}"
+                entries = {n: e for n, e in self.store.entries(folder).items() if shard_and_epoch(n)}
+                yield from self._cache.read(folder, entries).values()
+
     def _receipts_of(self, column: str, short: str, shard: int) -> dict[int, str]:
         return newest(self.store.names(f"receipts/{column}/{short}", receipt_prefix(shard)))
 
     def put_data(self, folder: str, shard: int, data: bytes, ending: str) -> str:
-        """Write a content-named data file. One that is there is verified, and replaced if it is damaged."""
+        """Write a content-named data file. One that is there is verified, and replaced if it is damaged.
+
+        What a dead attempt left a long time ago becomes young again: its receipt is about to be written.
+        """
         name = data_name(folder, shard, data, ending)
-        if not self.store.put_if_absent(name, data):
+        there = self.store.put_or_compare(name, data)
+        if there == "other":
             self.store.put(name, data)
+        elif there == "same":
+            self.store.refresh(name, data)
         return name
 
     def commit(self, recipe: Recipe, receipt: Receipt) -> bool:

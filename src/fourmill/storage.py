@@ -13,12 +13,13 @@ import inspect
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -33,6 +34,7 @@ T = TypeVar("T")
 PRECONDITION_FAILED = 412
 _MEMORY_LOCK = threading.Lock()
 _CONNECTIONS = 32  # at a time
+_OLD_S = 86_400.0  # an object is not written again to look younger than this
 _CLAIMS = 3  # of a name that is taken when it is written and free when it is read
 
 
@@ -179,15 +181,26 @@ class Store:
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write a whole file unless the name is taken. True if this call's bytes are what is there now."""
+        return self.put_or_compare(name, data) != "other"
+
+    def put_or_compare(self, name: str, data: bytes) -> Literal["written", "same", "other"]:
+        """Write a whole file unless the name is taken; in that case say whether its content is this one."""
         for _ in range(_CLAIMS):
             if self._claim(name, data):
-                return True
+                return "written"
             there = self.read_if_exists(name)
-            if there is not None:
-                return there == data  # a request that was tried again may have met its own first attempt
+            if there is not None:  # a request that was tried again may have met its own first attempt
+                return "same" if there == data else "other"
         raise DatasetError(
             f"{self.url}/{name} vanishes while it is written; is somebody removing files there?"
         )
+
+    def refresh(self, name: str, data: bytes) -> None:
+        """Make a file whose content is ``data`` as young as one that is written now."""
+        if self.is_local:
+            os.utime(self.path(name))
+        elif time.time() - self.entry(name).modified > _OLD_S:
+            self.put(name, data)
 
     def _claim(self, name: str, data: bytes) -> bool:
         """False: the name is taken."""
@@ -283,7 +296,10 @@ def _remote_entry(info: Mapping[str, Any]) -> Entry:
         when = datetime.fromisoformat(when)
     modified = when.timestamp() if isinstance(when, datetime) else float(when)
     tag = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "generation") if info.get(key)), "")
-    return Entry(int(info["size"] or 0), modified, f"{modified}-{tag}")
+    exact = (
+        "" if tag else modified
+    )  # with a tag to the second: listings know fractions, single answers do not
+    return Entry(int(info["size"] or 0), modified, f"{exact or int(modified)}-{tag}")
 
 
 def _sync_folder(folder: Path) -> None:
