@@ -12,8 +12,9 @@ import logging
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,29 @@ class ReceiptCache:
             known.update(self._load(folder, missing))
             missing = {n: e for n, e in missing.items() if n not in known or known[n][0] != e}
         if missing:
-            fresh = {n: (missing[n], receipt) for n, receipt in self._read_all(folder, missing)}
+            fresh, shared = self._read_all(folder, missing)
             known.update(fresh)
             if len(fresh) >= WORTH:
-                self._save(folder, fresh)
+                self._save(folder, fresh, shared)
         return {name: known[name][1] for name in listed}
 
-    def _read_all(self, folder: str, names: Iterable[str]) -> list[tuple[str, Receipt]]:
-        def one(name: str) -> tuple[str, Receipt]:
-            path = f"{folder}/{name}"
-            return name, Receipt.from_json(self._store.read(path), f"{self._store.url}/{path}")
+    def _read_all(self, folder: str, listed: Mapping[str, Entry]) -> tuple[Known, dict[str, str]]:
+        """The receipts from storage, and by file name the text of the parts that it shares with others."""
 
-        return self._store.map(one, names)
+        def one(name: str) -> Receipt:
+            path = f"{folder}/{name}"
+            return Receipt.from_json(self._store.read(path), f"{self._store.url}/{path}")
+
+        fresh: Known = {}
+        texts: dict[str, str] = {}
+        first: dict[str, Receipt] = {}
+        for name, receipt in zip(listed, self._store.map(one, listed), strict=True):
+            text = json.dumps([getattr(receipt, part) for part in _SHARED], sort_keys=True)
+            like = first.setdefault(text, receipt)
+            if like is not receipt:
+                receipt = replace(receipt, **{part: getattr(like, part) for part in _SHARED})
+            fresh[name], texts[name] = (listed[name], receipt), text
+        return fresh, texts
 
     # -- the file -------------------------------------------------------------------------------------
 
@@ -130,38 +142,41 @@ class ReceiptCache:
             if database is None:
                 return {}
             query = "SELECT file, size, stamp, shared, body, sum FROM receipts WHERE folder = ?"
-            shared: dict[int, Any] = {}
-            for file, size, stamp, common, body, checksum in database.execute(query, (folder,)):
-                entry = wanted.get(file)
-                if entry is None or entry.size != size or entry.stamp != stamp:
-                    continue
-                if common not in shared:
-                    shared[common] = _shared_of(database, common)
-                if shared[common] is not None and zlib.crc32(body.encode()) == checksum:
-                    own = dict(zip(_OWN, json.loads(body), strict=True))
-                    found[file] = entry, Receipt(**shared[common], **own)
+            rows = [
+                row
+                for row in database.execute(query, (folder,))
+                if (e := wanted.get(row[0])) is not None
+                and (e.size, e.stamp) == row[1:3]
+                and zlib.crc32(row[4].encode()) == row[5]
+            ]
+            shared = {number: _shared_of(database, number) for number in {row[3] for row in rows}}
+            bodies = json.loads(f"[{','.join([row[4] for row in rows])}]")  # one text is quicker than many
+            for row, body in zip(rows, bodies, strict=True):
+                common = shared[row[3]]
+                if common is not None:
+                    own = dict(zip(_OWN, body, strict=True))
+                    found[row[0]] = wanted[row[0]], Receipt(**common, **own)
         return found
 
-    def _save(self, folder: str, fresh: Known) -> None:
+    def _save(self, folder: str, fresh: Known, shared: Mapping[str, str]) -> None:
         with self._open() as database:
             if database is None:
                 return
             with database:
-                ids: dict[str, int] = {}
+                ids = {text: _shared_id(database, text) for text in set(shared.values())}
                 rows = []
                 for file, (entry, receipt) in fresh.items():
-                    common = canonical({name: getattr(receipt, name) for name in _SHARED})
-                    if common not in ids:
-                        ids[common] = _shared_id(database, common)
                     body = json.dumps([getattr(receipt, name) for name in _OWN], separators=(",", ":"))
                     checksum = zlib.crc32(body.encode())
-                    rows.append((folder, file, entry.size, entry.stamp, ids[common], body, checksum))
+                    rows.append((folder, file, entry.size, entry.stamp, ids[shared[file]], body, checksum))
                 database.executemany("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def _shared_of(database: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     row = database.execute("SELECT digest, body FROM shared WHERE id = ?", (number,)).fetchone()
-    return dict(json.loads(row[1])) if row is not None and sha256(row[1]) == row[0] else None
+    if row is None or sha256(row[1]) != row[0]:
+        return None
+    return dict(zip(_SHARED, json.loads(row[1]), strict=True))
 
 
 def _shared_id(database: sqlite3.Connection, body: str) -> int:

@@ -144,12 +144,17 @@ def shard_and_epoch(name: str) -> tuple[int, int] | None:
 
 def newest(names: Iterable[str]) -> dict[int, str]:
     """By shard, the name of its receipt of the highest epoch, among the names of a folder."""
-    best: dict[int, tuple[int, str]] = {}
+    found: dict[int, str] = {}
+    later: dict[int, int] = {}
     for name in names:
-        found = shard_and_epoch(name)
-        if found is not None and found[1] >= best.get(found[0], (0, ""))[0]:
-            best[found[0]] = found[1], name
-    return {shard: name for shard, (_, name) in best.items()}
+        digits = name[6:-5]
+        if len(digits) == 6 and digits.isdecimal() and name == f"shard-{digits}.json":
+            found.setdefault(int(digits), name)  # by far the most, and the pattern takes four times as long
+        elif (parsed := shard_and_epoch(name)) is not None:
+            shard, epoch = parsed
+            if epoch >= later.get(shard, 0):
+                later[shard], found[shard] = epoch, name
+    return found
 
 
 def data_name(folder: str, shard: int, data: bytes, ending: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import fsspec
@@ -66,7 +66,7 @@ class Store:
         return Store, (self.url,)
 
     def path(self, name: str) -> str:
-        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        if name.startswith("/") or ".." in name.split("/"):
             raise DatasetError(f"{name!r} is not a path inside {self.url}")
         return f"{self.root}/{name}" if name else self.root
 
@@ -125,7 +125,7 @@ class Store:
             entries = os.listdir(self.path(folder)) if self.is_local else self._remote_names(folder, prefix)
         except FileNotFoundError:
             return []
-        return sorted(name for name in entries if _is_shown(name) and name.startswith(prefix))
+        return sorted([name for name in entries if name[:1] not in ("", ".") and name.startswith(prefix)])
 
     def _remote_names(self, folder: str, prefix: str) -> set[str]:
         path = self.path(folder)
