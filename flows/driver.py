@@ -25,7 +25,8 @@ from fourmill.flows.pool import REVIVAL_POLL_S, Pool, root_cause
 RUNNER_DEATHS = 4  # of runners that hold one shard, before it is parked
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # before a shard is tried again: doubled each time
 GROW_EVERY_S = 10.0  # how often nodes that joined are looked for
-STRAGGLER = 2.0  # times the usual duration, before a shard is given to a second runner too
+STRAGGLER = 2.0  # times the usual duration, before a shard is given to a second runner too, but not
+STRAGGLER_S = 30.0  # before it has run so long
 WAIT_S = 0.5
 
 
@@ -40,7 +41,7 @@ class Tally(Protocol):
 
 @dataclass
 class Run:
-    """A job at a runner. ``again``: not before this, where it waits to be tried again."""
+    """A job at a runner."""
 
     job: Job
     runner: Any
@@ -65,7 +66,7 @@ class Driver:
         ] = {}  # what it will answer once it is back -> (runner, its job)
         self._attempts: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
-        self._durations: list[float] = []  # s per row
+        self._durations: list[float] = []  # of finished shards, in s
         self._grown = time.monotonic()
         self._stall_s = 2 * engine.batch_deadline_s + 60
 
@@ -127,7 +128,7 @@ class Driver:
         slow = [
             (now - run.started, run.job)
             for run in self._running.values()
-            if copies[run.job.shard] == 1 and now - run.started > STRAGGLER * usual
+            if copies[run.job.shard] == 1 and now - run.started > max(STRAGGLER * usual, STRAGGLER_S)
         ]
         return max(slow, key=lambda pair: pair[0])[1] if slow else None
 

@@ -19,11 +19,15 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """``task`` was given by the caller, ``step`` is what of it was under way (a modality), ``since`` is wall time in s."""
+    """``task`` was given by the caller, ``step`` is what of it was under way (a modality), ``since`` is wall time in s.
+
+    ``hung``: somebody ended the process because this took too long.
+    """
 
     task: str
     step: str
     since: float
+    hung: bool = False
 
 
 class Journal:
@@ -34,16 +38,16 @@ class Journal:
         self._now, self._deaths = _paths(folder, name)
         unfinished = _read(self._now)
         if unfinished is not None:
+            hung = _read(_hung(folder, name))
+            known = [unfinished.task, unfinished.step, unfinished.since, hung == unfinished]
             with self._deaths.open("a") as stream:
-                stream.write(json.dumps([unfinished.task, unfinished.step, unfinished.since]) + "\n")
+                stream.write(json.dumps(known) + "\n")
             self._now.unlink()
 
     @contextmanager
     def entry(self, task: str, step: str) -> Iterator[None]:
         """``task`` is under way inside the block; an exception ends it as well as success does."""
-        part = self._now.with_name(f"{self._now.name}.{secrets.token_hex(4)}")
-        part.write_text(json.dumps([task, step, time.time()]))
-        os.replace(part, self._now)
+        _write(self._now, Entry(task, step, time.time()))
         try:
             yield
         finally:
@@ -53,6 +57,11 @@ class Journal:
 def under_way(folder: Path, name: str) -> Entry | None:
     """What the actor of that name is doing now, or was doing when it died. None from another node."""
     return _read(_paths(folder, name)[0])
+
+
+def note_hanging(folder: Path, name: str, entry: Entry) -> None:
+    """To be called before the process is ended because ``entry`` takes too long."""
+    _write(_hung(folder, name), entry)
 
 
 def deaths(folder: Path, name: str, task: str) -> list[Entry]:
@@ -66,6 +75,17 @@ def deaths(folder: Path, name: str, task: str) -> list[Entry]:
 
 def _paths(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / f"{name}.now", folder / f"{name}.deaths"
+
+
+def _hung(folder: Path, name: str) -> Path:
+    return folder / f"{name}.hung"
+
+
+def _write(path: Path, entry: Entry) -> None:
+    """Whole or not at all: others read it at any time."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    part.write_text(json.dumps([entry.task, entry.step, entry.since]))
+    os.replace(part, path)
 
 
 def _read(path: Path) -> Entry | None:

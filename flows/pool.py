@@ -108,18 +108,15 @@ class _Sent:
         labels: Sequence[str],
         tokens: Sequence[str],
     ) -> None:
-        self._runner, self._hosts, self._name = runner, hosts, name
-        self._arguments = (reference, list(labels), list(tokens))
+        # two runners may have the same rows: each sending is known by its own name
+        self._runner, self._hosts, self._task = runner, hosts, f"{name} {secrets.token_hex(4)}"
+        self._arguments = (reference, list(labels), list(tokens), self._task)
         self._send()
 
     def _send(self) -> None:
         self._host = min(self._hosts, key=lambda host: host.busy)
         self._host.busy += 1
-        self._deaths = len(self._died())
         self._future = self._host.actor.process.remote(*self._arguments)
-
-    def _died(self) -> list[journal.Entry]:
-        return journal.deaths(self._runner.folder, self._host.name, self._name)
 
     def result(self) -> MicroResult:
         """Raises `Died` where this micro-batch ended the process that ran it, RayActorError where no actor is left."""
@@ -135,9 +132,8 @@ class _Sent:
                 self._host.busy -= 1
                 self._runner.beats += 1
             wait_until_up(self._host.actor.ready)
-            if len(died := self._died()) > self._deaths:
-                hung = time.time() - died[-1].since > self._runner.deadline_s
-                raise Died(died[-1].step, "hung" if hung else "killed its process")
+            for death in journal.deaths(self._runner.folder, self._host.name, self._task):
+                raise Died(death.step, "hung" if death.hung else "killed its process")
             self._send()
         raise AssertionError("unreachable")
 
@@ -152,6 +148,7 @@ class _Sent:
             except ray.exceptions.GetTimeoutError:
                 doing = journal.under_way(self._runner.folder, self._host.name)
                 if doing is not None and time.time() - doing.since > self._runner.deadline_s:
+                    journal.note_hanging(self._runner.folder, self._host.name, doing)
                     ray.kill(self._host.actor, no_restart=False)
 
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ class Specialist:
     def ready(self) -> dict[str, Any]:
         """Load everything; returns the environment that receipts record."""
         import torch
-        import transformers
 
         if self._labelers is None:
             if self._device == "cpu":
@@ -77,10 +77,14 @@ class Specialist:
                     self._codecs[name] = codec.to(self._device)
             self._labelers = loaded
         device = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
-        return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
+        return {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
 
-    def process(self, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> MicroResult:
+    def process(
+        self, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], task: str = ""
+    ) -> MicroResult:
         """Label and tokenize. ``labels``: modalities whose labels are wanted back; ``tokens``: to tokenize.
+
+        ``task`` is what the journal calls it.
 
         What a labeler or codec raises fails its modality and those that need it, no other. I/O errors and memory that
         runs out are no fault of the rows: they are raised.
@@ -96,12 +100,12 @@ class Specialist:
             if upstream is not None and name not in batch.given:
                 result.failed[name] = result.failed[upstream]
                 continue
-            with self._guarded(name, batch, result, "forward"):
+            with self._guarded(name, task or batch.name, result, "forward"):
                 made[name] = (
                     list(batch.given[name]) if name in batch.given else self._label(wanted, batch, made)
                 )
             if name in tokens and name in made:
-                with self._guarded(name, batch, result, "tokenize"):
+                with self._guarded(name, task or batch.name, result, "tokenize"):
                     result.values[name] = self._tokenize(wanted, batch, made[name])
         result.labels = {name: made[name] for name in labels if name not in result.failed}
         self._ended = time.perf_counter()
@@ -116,12 +120,12 @@ class Specialist:
         return [name for name in self._group if name in needed]
 
     @contextmanager
-    def _guarded(self, name: str, batch: MicroBatch, result: MicroResult, phase: str) -> Iterator[None]:
+    def _guarded(self, name: str, task: str, result: MicroResult, phase: str) -> Iterator[None]:
         """Time it, note it in the journal, and remember what somebody's code raises as a failure of its modality."""
         import torch
 
         start = time.perf_counter()
-        note = self._journal.entry(batch.name, name) if self._journal else nullcontext()
+        note = self._journal.entry(task, name) if self._journal else nullcontext()
         try:
             with note:
                 yield
@@ -135,7 +139,7 @@ class Specialist:
             )
             words = " ".join(str(error).split())
             result.failed[name] = Failure(name, f"{name} {kind}", f"{type(error).__name__}: {words}"[:500])
-            logger.warning("%s: %s", batch.name, result.failed[name].text, exc_info=True)
+            logger.warning("%s: %s", task, result.failed[name].text, exc_info=True)
         spent = f"{phase} {name}"
         result.seconds[spent] = result.seconds.get(spent, 0.0) + time.perf_counter() - start
 
