@@ -45,6 +45,7 @@ class BuildOptions:
     only_labels: tuple[str, ...] | None = None  # `fourmill label`: keep labels of these, make no tokens
     only_tokens: tuple[str, ...] | None = None  # `fourmill tokenize`
     fit_only: bool = False  # `fourmill fit-tokenizers`
+    retry_rejects: bool | str = False  # null cells are tried again: all (True), or those of one reason
 
 
 @dataclass
@@ -99,6 +100,7 @@ def _plan(resolved: Resolved, dataset: Dataset, options: BuildOptions) -> Plan:
         limit=options.limit,
         shard_range=options.shards,
         redo_stale=options.redo_stale,
+        retry_rejects=options.retry_rejects,
         only_labels=options.only_labels or (),
         only_tokens=() if options.only_labels is not None else options.only_tokens,
     )

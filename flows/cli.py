@@ -41,6 +41,16 @@ Limit = Annotated[
 Shards = Annotated[str | None, typer.Option(metavar="A:B", help="a pilot of the shards A to B - 1")]
 RedoStale = Annotated[bool, typer.Option("--redo-stale", help="make again what another recipe made")]
 
+RetryRejects = Annotated[
+    str | None,
+    typer.Option(
+        "--retry-rejects",
+        metavar="[REASON]",
+        help="try null cells again: all, or those with this reason (see `fourmill status`)",
+    ),
+]
+ALL_REASONS = "all"
+
 
 @app.callback()
 def about() -> None:
@@ -67,11 +77,16 @@ def build(
     limit: Limit = None,
     shards: Shards = None,
     redo_stale: RedoStale = False,
+    retry_rejects: RetryRejects = None,
     overrides: Overrides = None,
     no_prefect: NoPrefect = False,
 ) -> None:
     """Label and tokenize everything that is missing; the same command resumes after any interruption."""
-    _build(config, overrides, no_prefect, limit=limit, shards=_range(shards), redo_stale=redo_stale)
+    retry: bool | str = retry_rejects is not None if retry_rejects in (None, ALL_REASONS) else retry_rejects
+    _build(
+        config, overrides, no_prefect,
+        limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=retry,
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: [bold]fourmill label demo -m depth --limit 300[/bold]")
@@ -298,7 +313,7 @@ def _show_tokenizers(url: str) -> None:
 def main() -> None:
     """Entry point: errors of ours are one line, and every way of ending has its exit status."""
     try:
-        app(prog_name="fourmill")
+        app(_with_optional_values(sys.argv[1:]), prog_name="fourmill")
     except FourmillError as error:
         errors.print(f"fourmill: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(error.exit_code)
@@ -306,6 +321,16 @@ def main() -> None:
         sys.exit(_stopped())
     except SystemExit as leaving:
         sys.exit(_stopped() if leaving.code == INTERRUPTED else leaving.code)
+
+
+def _with_optional_values(arguments: list[str]) -> list[str]:
+    """``--retry-rejects`` with nothing after it, or with an option, means all reasons; typer knows no such thing."""
+    out = []
+    for argument, after in zip(arguments, [*arguments[1:], "--"], strict=True):
+        out.append(argument)
+        if argument == "--retry-rejects" and after.startswith("-"):
+            out.append(ALL_REASONS)
+    return out
 
 
 def _stopped() -> int:

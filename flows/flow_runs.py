@@ -55,6 +55,7 @@ def build_dataset(
     redo_stale: bool = False,
     only_labels: list[str] | None = None,
     only_tokens: list[str] | None = None,
+    retry_rejects: bool | str = False,
 ) -> dict[str, Any]:
     """Make what is missing of a dataset; returns its status. Fails with WorkMissing when something still is."""
     options = BuildOptions(
@@ -63,6 +64,7 @@ def build_dataset(
         redo_stale=redo_stale,
         only_labels=None if only_labels is None else tuple(only_labels),
         only_tokens=None if only_tokens is None else tuple(only_tokens),
+        retry_rejects=retry_rejects,
     )
     with _artifacts():
         return build(_config(config, overrides), options, stage).status.to_json()

@@ -87,7 +87,7 @@ def test_every_way_of_ending_has_its_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fails(**_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise error("[bold]what[/bold] happened, and what to do")
 
     monkeypatch.setattr(cli, "app", fails)
