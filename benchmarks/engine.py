@@ -9,10 +9,10 @@
     the cost. Against (c1) a chain of Ray Data's `map_batches` of the same stages, and (c2) one pass per modality, in which a bare
     loop decodes again for each modality and writes a .npy file per row. All write all tokens; only the engine commits.
 
-A run's rate is its images over the time from the first batch that a labeler begins until the last receipt (of a loop:
-its end; of the chain: its last file). So starting processes, Ray and actors, loading networks, planning and decoding the
-first batch count on no side; waiting for the last batch counts on all. Sides take turns, in alternating order; the figure is the
-median of the pairs' ratios. The last line is JSON.
+What counts: (a), (b) images between two moments at which a labeler begins a batch: the first, and one so near the end that
+every process still has work. (c) all images, from the first batch that a labeler begins until the last receipt (of a loop: its end;
+of the chain: its last file). So starting processes, Ray and actors, loading networks, planning and decoding the first batch
+count on no side. Sides take turns, in alternating order; the ratio is the median of the pairs' ratios. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is there, and for all processes that follow
 
-import engine_bare
-import engine_chain
 import numpy as np
+from engine_bare import BareLoops, bare_loops
+from engine_chain import run_chain
 from engine_labelers import TRIVIAL, WAIT_S, WAITING, RoundCodec, notes
 from PIL import Image
 from rich.console import Console
@@ -45,7 +45,6 @@ from rich.table import Table
 
 from fourmill.config import Config, check_config
 from fourmill.flows.build import build
-from fourmill.flows.engine import ray_session
 from fourmill.labelers.base import LabelerSettings, labelers
 from fourmill.shards.sources.scenes import render
 
@@ -55,14 +54,19 @@ SHIPPED = ("depth", "normal", "semseg", "det", "clip")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images per run (a: per window), in micro-batches of ``batch`` and shards of ``shard`` rows."""
+    """Images per run of each side (a: per window); the engine's shards have ``shard`` rows."""
 
-    pairs: int
-    a: int
-    b: int
-    c: int
-    batch: int = 16
+    pairs: int = 7
+    a: int = 128
+    b: int = 320
+    engine: int = 1536  # of c, as are the next two: each side runs for some seconds
+    chain: int = 512
+    passes: int = 384
     shard: int = 128
+
+
+QUICK = Sizes(pairs=1, a=32, b=48, engine=64, chain=64, passes=64, shard=32)
+BATCH = {"a": 16, "b": 8, "c": 16}  # micro-batches; b's take a second
 
 
 @dataclass
@@ -105,7 +109,9 @@ class Bench:
         folder.mkdir()
         return folder
 
-    def config(self, images: Path, side: int, modalities: dict[str, Any], **engine: Any) -> Config:
+    def config(
+        self, images: Path, side: int, modalities: dict[str, Any], batch: int, **engine: Any
+    ) -> Config:
         content = {
             "dataset": str(self.root / "none"),
             "source": {"kind": "folder", "path": str(images)},
@@ -113,7 +119,7 @@ class Bench:
             "decode": {"shorter_side": side},
             "image_size": 128,
             "modalities": modalities,
-            "engine": {"device": "cpu", "batch_size": self.sizes.batch, **engine},
+            "engine": {"device": "cpu", "batch_size": batch, **engine},
         }
         return check_config(content, "benchmark")
 
@@ -125,97 +131,112 @@ class Bench:
             RoundCodec(modality, 128).save(folder)
         return {"tokenizer": {"model": str(folder)}}
 
-    def engine(self, config: Config, traced: str) -> tuple[Path, float]:
-        """Build a fresh dataset. Where the labeler of ``traced`` noted its batches, and when the last receipt was written."""
+    def engine(self, config: Config, traced: Sequence[str]) -> tuple[Path, float]:
+        """Build a fresh dataset. Where labelers of ``traced`` noted their batches; when the last receipt was there."""
         folder, trace = self.fresh("dataset"), self.fresh("trace")
-        content = config.model_dump()
-        content["dataset"] = str(folder / "ds")
-        for name in traced.split():
-            content["modalities"][name]["trace"] = str(trace)
         with contextlib.redirect_stdout(io.StringIO()):
-            build(check_config(content, "benchmark"))
+            build(_changed(config, folder / "ds", trace, traced))
         end = max(path.stat().st_mtime for path in (folder / "ds" / "receipts").rglob("shard-*.json"))
         shutil.rmtree(folder)
         return trace, end
 
-    def rate(self, images: int, trace: Path, end: float) -> float:
-        return images / (end - notes(trace)[0][0])
+    def chain(self, config: Config, traced: str) -> tuple[Path, float]:
+        out, trace = self.fresh("out"), self.fresh("trace")
+        end = run_chain(_changed(config, out, trace, [traced]), out)
+        shutil.rmtree(out)
+        return trace, end
+
+    def loops(self, loops: BareLoops) -> tuple[Path, float]:
+        out, trace = self.fresh("out"), self.fresh("trace")
+        end = loops.run(out, trace)
+        shutil.rmtree(out)
+        return trace, end
+
+
+def _changed(config: Config, dataset: Path, trace: Path, traced: Sequence[str]) -> Config:
+    content = config.model_dump()
+    content["dataset"] = str(dataset)
+    for name in traced:
+        content["modalities"][name]["trace"] = str(trace)
+    return check_config(content, "benchmark")
+
+
+def rate(images: int, trace: Path, end: float) -> float:
+    """Images/s from the first batch to the end."""
+    return images / (end - notes(trace)[0][0])
+
+
+def steady_rate(images: int, batch: int, processes: int, trace: Path) -> float:
+    """Images/s while every process has work: the last two batches of each are left out."""
+    begun = [when for when, _ in notes(trace)]
+    last = (images // batch // processes - 2) * processes
+    return last * batch / (begun[last] - begun[0])
 
 
 def case_a(bench: Bench) -> list[Row]:
     """Waiting networks, by windows of one run; of two actors the slower one counts."""
-    sizes = bench.sizes
-    batches = sizes.a // sizes.batch
+    sizes, size = bench.sizes, BATCH["a"]
+    batches = sizes.a // size
     total = (sizes.pairs + 1) * batches + 1  # the first window is not counted: the pipeline fills
-    images = write_images(bench.fresh("images"), total * sizes.batch, 512)
+    images = write_images(bench.fresh("images"), total * size, 512)
     modalities = {name: bench.trivial(name) for name in WAITING}
-    config = bench.config(images, 256, modalities, groups=[[name] for name in WAITING], replicas=1)
-    by_actor = []
-    trace, _ = bench.engine(config, " ".join(WAITING))
-    for path in trace.iterdir():
-        by_actor.append([float(line.split()[0]) for line in path.read_text().splitlines()])
+    config = bench.config(images, 256, modalities, size, groups=[[name] for name in WAITING], replicas=1)
+    trace, _ = bench.engine(config, WAITING)
+    by_actor = [
+        [float(line.split()[0]) for line in path.read_text().splitlines()] for path in trace.iterdir()
+    ]
     row = Row("a  waiting networks", "what the waits allow", 0.95)
     for first in range(batches, total - batches, batches):
         spans = [times[first + batches] - times[first] for times in by_actor]
-        row.ours.append(batches * sizes.batch / max(spans))
+        row.ours.append(batches * size / max(spans))
         row.theirs.append(1 / WAIT_S)
     return [row]
 
 
 def case_b(bench: Bench) -> list[Row]:
-    images = write_images(bench.fresh("images"), bench.sizes.b, 128)
-    modalities = {name: {"tokenizer": {"model": f"shipped:scenes/{name}"}} for name in SHIPPED}
-    modalities["depth"]["labeler"] = "bench_depth"  # type: ignore[assignment]
-    config = bench.config(images, 128, modalities, replicas=bench.cores)
+    count, size = bench.sizes.b, BATCH["b"]
+    images = write_images(bench.fresh("images"), count, 128)
+    modalities: dict[str, Any] = {n: {"tokenizer": {"model": f"shipped:scenes/{n}"}} for n in SHIPPED}
+    modalities["depth"]["labeler"] = "bench_depth"
+    config = bench.config(images, 128, modalities, size, replicas=bench.cores)
     row = Row("b  networks that ship", "bare loop", 0.85)
-    with engine_bare.bare_loops(config, bench.cores, one_pass=True) as loops:
+
+    def steady(trace: Path) -> float:
+        return steady_rate(count, size, bench.cores, trace)
+
+    with bare_loops(config, bench.cores, one_pass=True) as loops:
         for number in range(bench.sizes.pairs):
-            sides = [
-                (row.ours, lambda: bench.rate(bench.sizes.b, *bench.engine(config, "depth"))),
-                (row.theirs, lambda: bare(bench, loops, bench.sizes.b)),
-            ]
-            take_turns(sides, number)
+            ours = (row.ours, lambda: steady(bench.engine(config, ["depth"])[0]))
+            theirs = (row.theirs, lambda: steady(bench.loops(loops)[0]))
+            take_turns([ours, theirs], number)
     return [row]
 
 
 def case_c(bench: Bench) -> list[Row]:
-    count = bench.sizes.c
-    images = write_images(bench.fresh("images"), count, 512)
+    sizes = bench.sizes
     modalities = {name: bench.trivial(name) for name in TRIVIAL}
-    config = bench.config(images, 512, modalities, replicas=bench.cores)
-    chain = Row("c1 trivial networks", "Ray Data map_batches", 3.0)
-    passes = Row("c2 trivial networks", "one pass per modality", 3.0)
-    with engine_bare.bare_loops(config, bench.cores, one_pass=False) as loops:
-        for number in range(bench.sizes.pairs):
+    engine, chain, passes = (
+        bench.config(
+            write_images(bench.fresh("images"), count, 512), 512, modalities, BATCH["c"], replicas=bench.cores
+        )
+        for count in (sizes.engine, sizes.chain, sizes.passes)
+    )
+    c1 = Row("c1 trivial networks", "Ray Data map_batches", 3.0)
+    c2 = Row("c2 trivial networks", "one pass per modality", 3.0, ours=c1.ours)
+    with bare_loops(passes, bench.cores, one_pass=False) as loops:
+        for number in range(sizes.pairs):
             sides = [
-                (chain.ours, lambda: bench.rate(count, *bench.engine(config, TRIVIAL[0]))),
-                (chain.theirs, lambda: chained(bench, config, count)),
-                (passes.theirs, lambda: bare(bench, loops, count)),
+                (c1.ours, lambda: rate(sizes.engine, *bench.engine(engine, TRIVIAL[:1]))),
+                (c1.theirs, lambda: rate(sizes.chain, *bench.chain(chain, TRIVIAL[0]))),
+                (c2.theirs, lambda: rate(sizes.passes, *bench.loops(loops))),
             ]
             take_turns(sides, number)
-    passes.ours = chain.ours
-    return [chain, passes]
+    return [c1, c2]
 
 
 def take_turns(sides: Sequence[tuple[list[float], Callable[[], float]]], number: int) -> None:
     for rates, run in sides if number % 2 == 0 else reversed(sides):
         rates.append(run())
-
-
-def bare(bench: Bench, loops: engine_bare.BareLoops, images: int) -> float:
-    out, trace = bench.fresh("out"), bench.fresh("trace")
-    rate = bench.rate(images, trace, loops.run(out, trace))
-    shutil.rmtree(out)
-    return rate
-
-
-def chained(bench: Bench, config: Config, images: int) -> float:
-    out, trace = bench.fresh("out"), bench.fresh("trace")
-    content = config.model_dump()
-    content["modalities"][TRIVIAL[0]]["trace"] = str(trace)
-    end = engine_chain.run_chain(check_config(content, "benchmark"), out)
-    shutil.rmtree(out)
-    return bench.rate(images, trace, end)
 
 
 def write_images(folder: Path, count: int, side: int, distinct: int = 64) -> Path:
@@ -250,13 +271,20 @@ def session(root: Path) -> Iterator[None]:
     added = [str(info.parent), str(Path(__file__).resolve().parent)]
     sys.path[1:1] = added
     os.environ["PYTHONPATH"] = os.pathsep.join([*added, *filter(None, [os.environ.get("PYTHONPATH")])])
-    minimal = {"dataset": "none", "source": {"kind": "scenes"}, "modalities": {"caption": {}}}
-    with ray_session(check_config(minimal, "benchmark")):
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    import ray
+
+    # as `build` starts it, but for an object store in which the chain need not spill
+    options = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+    ray.init("local", include_dashboard=False, object_store_memory=2 << 30, **options)
+    try:
         yield
+    finally:
+        ray.shutdown()
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    table = Table("case", "against", *(), title=None)
+    table = Table("case", "against")
     for name in ("engine, images/s", "other, images/s", "ratio", "min..max", "aim"):
         table.add_column(name, justify="right")
     for row in rows:
@@ -279,7 +307,7 @@ def main() -> None:
     chosen = arguments.only.split(",")
     if unknown := [name for name in chosen if name not in CASES]:
         parser.error(f"--only: no case {unknown[0]!r}; there are {', '.join(CASES)}")
-    sizes = Sizes(1, 32, 32, 64, 16, 32) if arguments.quick else Sizes(arguments.pairs, 224, 640, 1536)
+    sizes = QUICK if arguments.quick else Sizes(pairs=arguments.pairs)
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="fourmill-bench-") as name, session(Path(name)):
         bench = Bench(Path(name), sizes)

@@ -1,8 +1,7 @@
 """The same stages as a chain of Ray Data's `map_batches`, for `engine.py`: what one would write without an engine.
 
 read -> decode (tasks) -> a pool of one actor per labeler -> tokenize (an actor, which drops the frames) -> parquet.
-It has no shards, no receipts and no way to go on after a failure. What was tried to make it faster is said at each choice.
-"""
+It has no shards, no receipts and no way to go on after a failure."""
 
 from __future__ import annotations
 
@@ -19,6 +18,10 @@ from fourmill.shards.decode import decode_frame
 from fourmill.tokenize.base import load_codec
 
 Columns = dict[str, Any]
+#: Fewer rows per block are more tasks for the driver, which is busy as it is; more keep the stages from overlapping.
+BLOCK_ROWS = 32
+#: of a CPU: a whole one for each of six actors would never be scheduled on two cores, and none would be left for tasks
+DECODE_CPUS, ACTOR_CPUS = 0.5, 0.1
 
 
 class Decode:
@@ -83,8 +86,3 @@ def run_chain(config: Config, out: Path) -> float:
     data.write_parquet(str(out))
     written = [path.stat().st_mtime for path in out.rglob("*.parquet")]
     return max(written)
-
-
-BLOCK_ROWS = 32
-DECODE_CPUS = 0.5
-ACTOR_CPUS = 0.1

@@ -63,8 +63,8 @@ class _Waiting(Labeler):
     options: ClassVar[Mapping[str, Any]] = {"trace": ""}
 
     def label(self, batch: LabelBatch) -> list[Label]:
-        time.sleep(WAIT_S * len(batch))
         note(self.params["trace"], len(batch))
+        time.sleep(WAIT_S * len(batch))
         return [np.zeros(NUM_TOKENS, np.float32) for _ in batch.frames]
 
 
