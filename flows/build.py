@@ -26,6 +26,7 @@ from fourmill.flows.plan import Plan, fit_shards, make_plan
 from fourmill.flows.progress import progress, say
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import Status, status
+from fourmill.flows.watch_show import BuildLines
 from fourmill.lease import single_writer_lease
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.storage import Store
@@ -76,7 +77,7 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
             resolved = resolve(config)
         if not options.fit_only:
             plan = _plan(resolved, dataset, options)
-            _remember_run(dataset, resolved, plan)
+            _remember_run(dataset, resolved, plan, _asked(resolved, options))
             _say_plan(plan)
             _run(resolved, dataset, plan, "Label and tokenize", stage, total)
     return _finish(resolved, dataset, options, total)
@@ -122,7 +123,10 @@ def _fit(
     chosen = fit_shards(resolved, whole.shards)
     names = tuple(n for n in resolved.unfitted() if needs_labels(resolved.wanted[n]))
     plan = make_plan(resolved, dataset, only_labels=names, only_tokens=(), only_shards=chosen)
-    _remember_run(dataset, resolved, whole)
+    labels = {n: {"recipe": resolved.wanted[n].label_recipe.short, "shards": sorted(chosen)} for n in names}
+    _remember_run(
+        dataset, resolved, whole, {"labels": labels, **({"tokens": []} if options.fit_only else {})}
+    )
     _run(resolved, dataset, plan, "Label the fit set", stage, total)
     missing = make_plan(resolved, dataset, only_labels=names, only_tokens=(), only_shards=chosen).jobs
     if missing:
@@ -143,11 +147,12 @@ def _run(
 ) -> None:
     if not plan.jobs:
         return
-    with progress(title, "images") as advance:
+    with BuildLines(dataset.url) as lines, progress(title, "images", lines) as advance:
         report: EngineReport = stage(
             title,
             lambda: run_jobs(resolved, plan, lambda done, rows: advance(done, rows, "")),
         )
+        lines.finish()
     attempt = secrets.token_hex(4)
     recipes = resolved.token_recipes()
     for (column, shard), why in report.parked.items():
@@ -194,8 +199,16 @@ def _add_given_tokenizers(resolved: Resolved, dataset: Dataset) -> None:
             dataset.add_tokenizer(name, Path(wanted.tokenizer_folder))
 
 
-def _remember_run(dataset: Dataset, resolved: Resolved, plan: Plan) -> None:
-    """runs/<id>.yaml: what was asked for, from which `status` derives what is missing."""
+def _asked(resolved: Resolved, options: BuildOptions) -> dict[str, Any]:
+    """What a run that is not about all tokens says of itself: ``labels`` to be kept, and the modalities of its ``tokens``."""
+    if options.only_labels is not None:
+        chosen = {n: resolved.wanted[n].label_recipe.short for n in options.only_labels}
+        return {"labels": {n: {"recipe": r, "shards": None} for n, r in chosen.items()}, "tokens": []}
+    return {} if options.only_tokens is None else {"tokens": list(options.only_tokens)}
+
+
+def _remember_run(dataset: Dataset, resolved: Resolved, plan: Plan, asked: dict[str, Any]) -> None:
+    """runs/<id>.yaml: what was asked for, from which `status` derives what is missing, and `watch` how far it is."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
     recipes: dict[str, Any] = dict.fromkeys(resolved.wanted)
     recipes |= {name: {"kind": r.kind, **r.content} for name, r in resolved.token_recipes().items()}
@@ -204,6 +217,7 @@ def _remember_run(dataset: Dataset, resolved: Resolved, plan: Plan) -> None:
         "config": resolved.config.model_dump(mode="json"),
         "recipes": recipes,
         "shards": {str(shard): rows for shard, rows in plan.shards.items()},
+        **asked,
     }
     dataset.store.put(
         f"runs/{now}-{secrets.token_hex(3)}.yaml", yaml.safe_dump(content, sort_keys=False).encode()

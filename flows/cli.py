@@ -164,12 +164,20 @@ def train(
     console.print(f"step {result['step']}, loss {result['loss']:.4f}: {result['checkpoint']}", soft_wrap=True)
 
 
-@app.command(epilog="Example: [bold]fourmill status data/demo --json[/bold]")
+@app.command(epilog="Example: [bold]fourmill status data/demo --watch[/bold]")
 def status(
     dataset: DatasetUrl,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="rates and time left, live, until it is complete or Ctrl-C")
+    ] = False,
 ) -> None:
-    """Where a dataset stands, from its receipts."""
+    """Where a dataset stands, from its receipts; with --watch how fast it grows, whoever builds it."""
+    if watch:
+        from fourmill.flows.watch_show import watch as watch_dataset
+
+        watch_dataset(dataset, as_json=as_json)
+        return
     from fourmill.flows.status import status as read_status
     from fourmill.flows.status import status_report
     from fourmill.shards.dataset import Dataset

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -61,9 +61,12 @@ class _Lines:
 
 
 @contextmanager
-def progress(title: str, unit: str) -> Iterator[Advance]:
-    """``with progress("Labeling", "images") as advance: advance(done, total, note)``"""
-    with _bar(title, unit) if console.is_terminal else nullcontext(_Lines(title, unit)) as show:
+def progress(title: str, unit: str, below: RenderableType = "") -> Iterator[Advance]:
+    """``with progress("Labeling", "images") as advance: advance(done, total, note)``
+
+    ``below`` is drawn under the bar, anew each time, on a terminal.
+    """
+    with _bar(title, unit, below) if console.is_terminal else nullcontext(_Lines(title, unit)) as show:
 
         def advance(done: int, total: int, note: str = "") -> None:
             show(done, total, note)
@@ -73,8 +76,19 @@ def progress(title: str, unit: str) -> Iterator[Advance]:
         yield advance
 
 
+class _Bar(Progress):
+    """With something below."""
+
+    below: RenderableType = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield self.below
+
+
 @contextmanager
-def _bar(title: str, unit: str) -> Iterator[Advance]:
+def _bar(title: str, unit: str, below: RenderableType) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -85,7 +99,8 @@ def _bar(title: str, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with _Bar(*columns, console=console, refresh_per_second=4) as bar:
+        bar.below = below
         task = bar.add_task(title, total=None, rate="", note="")
         started = time.monotonic()
         first: int | None = None

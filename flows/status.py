@@ -73,7 +73,7 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
     short = dataset.samples_recipe()
     samples = dataset.receipts(SAMPLES, short) if short else {}
     samples = {shard: receipt for shard, receipt in samples.items() if shard in shards}
-    recipes = {name: _recipe(content) for name, content in run["recipes"].items()}
+    recipes = {name: recipe_of(content) for name, content in run["recipes"].items()}
     states, listings = column_states(dataset, recipes, list(shards))
     modalities, reasons, parked, why = {}, {}, {}, {}
     bad = {shard: ~receipt.presence_mask() for shard, receipt in samples.items() if receipt.absent}
@@ -105,7 +105,7 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
     return Status(sum(shards.values()), len(shards), complete, rejected, modalities, reasons, parked, why)
 
 
-def _recipe(content: dict[str, Any] | None) -> Recipe | None:
+def recipe_of(content: dict[str, Any] | None) -> Recipe | None:
     """From what a run remembers of it; None where its tokenizer was yet to be fitted."""
     return Recipe(content["kind"], {k: v for k, v in content.items() if k != "kind"}) if content else None
 
