@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from fourmill.flows.specialist import Specialist
 
 CALL_ATTEMPTS = 6  # of one micro-batch, when the actors that it is queued at die
 REVIVAL_POLL_S = 0.2
-REVIVAL_S = 120.0  # an actor that died is back by then, or will not be
+REVIVAL_S = 600.0  # an actor that died is back by then, its networks loaded, or will not be
+LOADINGS = 4  # of a cell's specialists, when they die in the middle of it
 POLL_S = 5.0  # how often a waiting runner looks whether its specialist hangs
 RUNNERS = 2  # per cell
 WAITING_S = 60.0  # before a person is told that a run waits for its share of a cluster
@@ -64,7 +65,7 @@ class RunnerActor:
         self.folder, self._name = Path(folder), name
         self.deadline_s = config.engine.batch_deadline_s
         self.beats = 0
-        environment = ray.get(self.groups[0][0].actor.ready.remote())
+        environment = wait_until_up(self.groups[0][0].actor.ready)
         self._runner = Runner(config, wanted, self._submit, environment, listing, Journal(self.folder, name))
 
     def run(self, job: Job) -> JobReport:
@@ -152,15 +153,14 @@ class _Sent:
                     ray.kill(self._host.actor, no_restart=False)
 
 
-def wait_until_up(method: Any) -> None:
+def wait_until_up(method: Any) -> Any:
     """Call an actor's method until it answers. RayActorError where it is dead for good, or not back in time."""
     import ray
 
     end = time.monotonic() + REVIVAL_S
     while True:
         try:
-            ray.get(method.remote())
-            return
+            return ray.get(method.remote())
         except ray.exceptions.ActorUnavailableError:
             if time.monotonic() > end:
                 raise
@@ -169,13 +169,34 @@ def wait_until_up(method: Any) -> None:
 
 @dataclass
 class Cell:
-    """What one node hosts. ``loading``: what its specialists answer once their networks are there."""
+    """What one node hosts. ``loading``: what its specialists answer once their networks are there -> specialist."""
 
     node: str
     specialists: list[Any]
     names: list[list[str]]
-    loading: list[Any]
-    runners: list[Any]
+    loading: dict[Any, Any]
+    runners: list[Any] = field(default_factory=list)
+    deaths: int = 0  # while they loaded
+
+    def is_loaded(self, wait_s: float) -> bool:
+        """Look which specialists are ready; one that died is asked again. Raises what loading raised."""
+        import ray
+
+        done, _ = ray.wait(list(self.loading), num_returns=len(self.loading), timeout=wait_s)
+        for answer in done:
+            specialist = self.loading.pop(answer)
+            try:
+                unwrapped(lambda: ray.get(answer))  # noqa: B023 it is called here
+            except ray.exceptions.RayActorError as error:
+                self.deaths += 1
+                if self.deaths >= LOADINGS:
+                    raise FourmillError(
+                        f"specialists died {self.deaths} times while they loaded their networks; is there memory enough? "
+                        f"({' '.join(str(error).split())[:200]})"
+                    ) from error
+                time.sleep(REVIVAL_POLL_S)
+                self.loading[specialist.ready.remote()] = specialist
+        return not self.loading
 
 
 class Pool:
@@ -208,19 +229,15 @@ class Pool:
 
     def arrivals(self) -> list[Any]:
         """Runners of cells whose specialists have loaded since the last call."""
-        import ray
-
-        new = []
+        new: list[Any] = []
         for node, cell in list(self._cells.items()):
-            if cell.loading:
-                done, cell.loading = ray.wait(cell.loading, num_returns=len(cell.loading), timeout=0)
+            if not cell.runners:
                 try:
-                    ray.get(done)
-                except ray.exceptions.RayActorError:  # the node is gone, or about to be
+                    if cell.is_loaded(0):
+                        new += self._start_runners(cell)
+                except FourmillError as error:  # the others go on without this node
+                    say(f"node {node[:8]} is left out: {error}")
                     del self._cells[node]
-                    continue
-                if not cell.loading:
-                    new += self._start_runners(cell)
         return new
 
     def node_is_alive(self, runner: Any) -> bool:
@@ -289,7 +306,7 @@ class Pool:
             for group, row in zip(groups, names, strict=True)
             for name in row
         ]
-        return Cell(node, specialists, names, [actor.ready.remote() for actor in specialists], [])
+        return Cell(node, specialists, names, {actor.ready.remote(): actor for actor in specialists})
 
     def _start_runners(self, cell: Cell) -> list[Any]:
         import ray
@@ -314,15 +331,8 @@ class Pool:
 
     def _wait_for_first(self) -> None:
         """Until one cell's networks are loaded. What goes wrong here goes wrong everywhere: it is raised."""
-        import ray
-
         said = time.monotonic()
-        while True:
-            for cell in self._cells.values():
-                done, _ = ray.wait(cell.loading, num_returns=len(cell.loading), timeout=0.5)
-                unwrapped(lambda: ray.get(done))  # noqa: B023 it is called here
-                if len(done) == len(cell.loading):
-                    return
+        while not any(cell.is_loaded(0.5) for cell in self._cells.values()):
             if time.monotonic() - said > WAITING_S:
                 say(f"waiting for room on the Ray cluster: {self._needs()}")
                 said = time.monotonic()
