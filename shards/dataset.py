@@ -88,6 +88,7 @@ class Dataset:
         if version != FORMAT:
             raise DatasetError(f"{self.url} has format {version}; this fourmill reads format {FORMAT}")
         self.digest = sha256(raw)
+        self._with_recipe: set[str] = set()  # receipts' folders that are known to hold their recipe
         self._cache = ReceiptCache(self.store, self.digest)
 
     @classmethod
@@ -200,9 +201,13 @@ class Dataset:
 
     def commit(self, recipe: Recipe, receipt: Receipt) -> bool:
         """Write the receipt unless there is one of its epoch. False: somebody else was first, and theirs stands."""
-        self.store.put_if_absent(
-            f"receipts/{receipt.column}/{recipe.short}/recipe.json", recipe.text.encode()
-        )
+        folder = f"receipts/{receipt.column}/{recipe.short}"
+        if folder not in self._with_recipe:
+            if not self.store.put_if_absent(f"{folder}/recipe.json", recipe.text.encode()):
+                raise DatasetError(
+                    f"{self.url}/{folder}/recipe.json is damaged; remove it and run the build again"
+                )
+            self._with_recipe.add(folder)
         return self.store.put_if_absent(
             receipt_name(receipt.column, recipe.short, receipt.shard, receipt.epoch),
             receipt.to_json().encode(),

@@ -1,8 +1,18 @@
-"""A dataset on a store that speaks the S3 protocol: the bytes of a local one, conditional puts, and training from it."""
+"""A dataset on a store that speaks the S3 protocol: the bytes of a local one, conditional puts, and training from it.
+
+What must hold wherever a dataset is kept runs on a folder, on S3, and on an S3 where 5% of all requests fail: with a 503 (before
+they took effect, or after), with a connection that breaks, or after a while.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,10 +35,15 @@ from small_builds import (
     write_config,
 )
 
+from fourmill import lease
 from fourmill.errors import ConfigError
 from fourmill.flows.build import BuildOptions, build
 from fourmill.flows.training import make_snapshot
+from fourmill.lease import single_writer_lease
 from fourmill.shards.dataset import Dataset
+from fourmill.shards.garbage import find_garbage, remove_garbage
+from fourmill.shards.receipt_cache import ReceiptCache
+from fourmill.shards.receipts import Receipt, Recipe
 from fourmill.storage import Store
 from fourmill.train.trainer import train_on
 from fourmill.train_config import TrainConfig
@@ -41,12 +56,46 @@ MODALITIES: dict[str, Any] = {
 }
 
 
+class Flaky:
+    """A WSGI application that fails a ``share`` of its requests (none by default), of every kind in turn."""
+
+    share = 0.0
+    kinds = ("503", "503 after", "broken", "broken after", "slow")
+
+    def __init__(self, app: Any) -> None:
+        self._app, self._random, self._lock = app, random.Random(0), threading.Lock()
+        self.requests = self.failed = 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        with self._lock:
+            kind = None
+            self.requests += 1
+            if self._random.random() < self.share:
+                kind = self.kinds[self.failed % len(self.kinds)]
+                self.failed += 1
+        if kind == "slow":
+            time.sleep(0.3)
+        if kind in (None, "slow"):
+            return self._app(environ, start_response)
+        if kind.endswith("after"):
+            b"".join(self._app(environ, lambda *status: lambda data: None))
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if kind.startswith("broken"):
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError("as asked")
+        start_response("503 Slow Down", [("Content-Type", "application/xml")])
+        return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+
+
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
+def server() -> Iterator[Flaky]:
     """A server on loopback, which every process of ours takes for the S3 there is."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    assert server._server is not None
+    server._server.app = flaky = Flaky(server._server.app)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
@@ -58,17 +107,36 @@ def endpoint() -> Iterator[str]:
         }.items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        yield f"http://{host}:{port}"
+        yield flaky
         s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
 
 @pytest.fixture
-def bucket(endpoint: str, request: pytest.FixtureRequest) -> str:
+def bucket(server: Flaky, request: pytest.FixtureRequest) -> str:
     """The URL of an empty bucket."""
     name = f"test-{sha256(request.node.name.encode()).hexdigest()[:12]}"
     s3fs.S3FileSystem().mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture(params=["folder", "s3", "flaky s3"])
+def place(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    bucket: str,
+    server: Flaky,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:
+    """Where a dataset can be: the URL of nothing yet."""
+    if request.param == "folder":
+        yield str(tmp_path / "some" / "where")
+        return
+    requests, failed = server.requests, server.failed
+    monkeypatch.setattr(server, "share", 0.05 if request.param == "flaky s3" else 0.0)
+    yield f"{bucket}/some/where"
+    if request.param == "flaky s3" and server.requests > requests + 300:
+        assert server.failed > failed, "nothing went wrong"
 
 
 @pytest.fixture(scope="module")
@@ -83,35 +151,34 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return url, modalities
 
 
-def remote_files(url: str) -> dict[str, str]:
+def all_files(url: str) -> dict[str, str]:
+    """sha256 of every data file, wherever the dataset is."""
     store = Store(url)
-    store.fs.invalidate_cache()
-    names = [str(path)[len(store.root) + 1 :] for path in store.fs.find(store.root)]
-    return {
-        name: sha256(store.read(name)).hexdigest() for name in names if name.split("/")[0] in DATA_FOLDERS
-    }
+    names = [name for name in store.walk("") if name.split("/")[0] in DATA_FOLDERS]
+    return {name: sha256(store.read(name)).hexdigest() for name in names if "/." not in name}
 
 
-def test_a_build_on_s3_gives_the_bytes_of_a_local_one(
-    tmp_path: Path, bucket: str, local: tuple[Path, dict[str, Any]]
-) -> None:
+def test_a_build_gives_the_bytes_of_a_local_one(place: str, local: tuple[Path, dict[str, Any]]) -> None:
     """In two goes, with what a crash leaves (data without a receipt) between them; then nothing is left to do."""
     folder, modalities = local
-    url = f"{bucket}/some/where"
-    config = small_config(url, modalities, count=12)
+    config = small_config(place, modalities, count=12)
     with without_ray():
         assert build(config, BuildOptions(limit=4)).status.shards == 1
-        dataset = Dataset(url)
+        dataset = Dataset(place)
         (short,) = [r for r in dataset.recipes("depth") if dataset.recipe("depth", r)["kind"] == "token"]
         dataset.store.remove(f"receipts/depth/{short}/shard-000000.json")
-        result = build(config)
-        assert result.status.complete
+        assert build(config).status.complete
         assert build(config).rows_labelled == 0
-    assert remote_files(url) == data_files(folder)
-    names = Store(url).fs.find(f"{Store(url).root}/receipts")
-    assert {str(n)[len(Store(url).root) + 1 :] for n in names} == set(receipts(folder))
-    assert Store(url).read("dataset.yaml") == (folder / "dataset.yaml").read_bytes()
+    assert all_files(place) == data_files(folder)
+    assert set(Store(place).walk("receipts")) == set(receipts(folder))
+    assert Store(place).read("dataset.yaml") == (folder / "dataset.yaml").read_bytes()
 
+
+def test_training_from_s3(tmp_path: Path, bucket: str, local: tuple[Path, dict[str, Any]]) -> None:
+    folder, modalities = local
+    config = small_config(f"{bucket}/ds", modalities, count=12)
+    with without_ray():
+        build(config)
     torch.set_num_threads(1)
     brief = TrainConfig(
         steps=2,
@@ -140,14 +207,80 @@ def test_status_of_a_remote_dataset(
     assert '"complete": true' in capsys.readouterr().out
 
 
-def test_the_first_writer_wins(bucket: str) -> None:
-    store = Store(f"{bucket}/x")
+@pytest.mark.parametrize("place", ["folder", "s3"], indirect=True)
+def test_the_first_writer_wins(place: str) -> None:
+    store = Store(place)
     assert store.put_if_absent("receipts/a/b.json", b"first")
     assert not store.put_if_absent("receipts/a/b.json", b"second")
     assert store.put_if_absent("receipts/a/b.json", b"first"), "a retried request meets its own first attempt"
     assert store.read("receipts/a/b.json") == b"first"
     assert store.probe_conditional_put()
     assert store.names("") == ["receipts"]
+
+
+def test_of_many_writers_each_knows_whether_it_won(place: str) -> None:
+    """Also those whose first request took effect and was answered with an error."""
+    store = Store(place)
+
+    def race(number: int) -> tuple[int, bytes, bool]:
+        name, mine = number % 40, b"%d" % number
+        return name, mine, store.put_if_absent(f"receipts/{name}.json", mine)
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(race, range(160)))
+    for name in range(40):
+        winners = [mine for which, mine, won in outcomes if which == name and won]
+        assert winners == [store.read(f"receipts/{name}.json")]
+
+
+@pytest.mark.parametrize("place", ["folder", "s3"], indirect=True)
+def test_more_keys_than_a_page_holds(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 lists 1,000 at a time. Of shard 7 there are two receipts, and the later one counts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    dataset = Dataset.create(place, {"shard_size": 1})
+    recipe = Recipe("token", {"labeler": "depth"})
+
+    def commit(shard: int, epoch: int = 0) -> bool:
+        receipt = Receipt(
+            column="depth", recipe=recipe.hash, shard=shard, rows=1, absent={}, presence="AQ==", keys="k",
+            file=f"tokens/depth/shard-{shard:06d}.{epoch:012d}.arrow", sha256="s", bytes=1, dataset=dataset.digest,
+            epoch=epoch,
+        )  # fmt: skip
+        return dataset.commit(recipe, receipt)
+
+    assert all(dataset.store.map(commit, range(1010))) and commit(7, 1)
+    assert dataset.finished("depth", recipe.short) == set(range(1010))
+    assert dataset.is_finished("depth", recipe.short, 1009) and not dataset.is_finished(
+        "depth", recipe.short, 1100
+    )
+    assert dataset.listing("depth").finished(recipe.short) == set(range(1010))
+    assert dataset.receipt("depth", recipe.short, 7).epoch == 1
+    found = dataset.receipts("depth", recipe.short)
+    assert list(found) == list(range(1010)) and [s for s, r in found.items() if r.epoch] == [7]
+    monkeypatch.setattr(Store, "read_if_exists", lambda self, name: pytest.fail(f"{name} is read again"))
+    fresh = object.__new__(Dataset)
+    fresh.__dict__.update(dataset.__dict__, _cache=ReceiptCache(dataset.store, dataset.digest))
+    assert fresh.receipts("depth", recipe.short, dataset.listing("depth")) == found
+    assert fresh.receipts("depth", recipe.short) == found
+
+
+def test_garbage_goes(
+    place: str, local: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modalities = {"rgb_pixels": local[1]["rgb_pixels"]}
+    with without_ray():
+        build(small_config(place, modalities, count=8))
+    dataset = Dataset(place)
+    kept = all_files(place)
+    orphan = dataset.put_data("tokens/rgb_pixels", 0, b"nobody's", "arrow")
+    assert find_garbage(dataset, 3600) == []
+    real = Store.now
+    monkeypatch.setattr(Store, "now", lambda self: real(self) + 8 * 86_400)
+    found = find_garbage(dataset, 7 * 86_400)
+    assert [g.name for g in found] == [orphan]
+    assert [g.name for g in remove_garbage(dataset, found)] == [orphan]
+    assert all_files(place) == kept
 
 
 def test_a_store_without_conditional_put_is_refused(
@@ -170,7 +303,11 @@ def test_a_store_without_conditional_put_is_refused(
             build(small_config(url, modalities, count=4))
         assert Store(url).names("") == []
         engine = {"batch_size": 4, "device": "cpu", "single_writer": True}
-        assert build(small_config(url, modalities, count=4, engine=engine)).status.complete
+        config = small_config(url, modalities, count=4, engine=engine)
+        monkeypatch.setattr(lease, "SETTLE_S", 0.1)
+        with single_writer_lease(Store(url)), pytest.raises(ConfigError, match="is being written by process"):
+            build(config)
+        assert build(config).status.complete
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -181,4 +318,4 @@ def test_a_build_with_ray_on_s3(tmp_path: Path, bucket: str, local: tuple[Path, 
     config = write_config(tmp_path / "c.yaml", small_content(url, modalities, count=12))
     done = run_command("build", config, "--no-prefect", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert remote_files(url) == data_files(folder)
+    assert all_files(url) == data_files(folder)

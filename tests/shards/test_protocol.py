@@ -250,9 +250,11 @@ def check(files: dict[str, bytes], before: dict[str, bytes]) -> dict[str, bytes]
     return receipts
 
 
-def interleave(url: str, schedule: Sequence[Step], won: list[tuple[str, str]]) -> dict[str, bytes]:
-    """Two writers, from either end, under a schedule; then each is run to its end. Returns the receipts."""
-    orders = [range(SHARDS), range(SHARDS - 1, -1, -1)]
+def interleave(
+    url: str, schedule: Sequence[Step], elsewhere: bool, won: list[tuple[str, str]]
+) -> dict[str, bytes]:
+    """Two writers under a schedule, then by turns to their end; ``elsewhere``: from either end. Returns the receipts."""
+    orders = [range(SHARDS), range(SHARDS - 1, -1, -1) if elsewhere else range(SHARDS)]
     writers = [
         Writer(lambda i=i, order=order: write_shards(url, f"writer {i}", order, won))  # type: ignore[misc]
         for i, order in enumerate(orders)
@@ -274,18 +276,21 @@ def interleave(url: str, schedule: Sequence[Step], won: list[tuple[str, str]]) -
     return receipts
 
 
-def run_case(url: str, schedule: Sequence[Step], damaged: Sequence[str]) -> None:
+def run_case(url: str, schedule: Sequence[Step], elsewhere: bool, damaged: Sequence[str]) -> None:
     """``damaged``: data files that are there from the start, with half of their content, and without receipts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retries.time, "sleep", lambda seconds: None)
         for name in damaged:
             Store(url).put(name, data_files()[name][:7])
         won: list[tuple[str, str]] = []
-        receipts = interleave(url, schedule, won)
+        receipts = interleave(url, schedule, elsewhere, won)
         write_shards(url, "last", range(SHARDS), won)
     files = seen(url)
     receipts = check(files, receipts)
     assert len(receipts) == SHARDS * len(COMMITS), "running again completes"
+    found = Dataset(url).receipts("depth", RECIPES["depth"].short)
+    assert {shard: receipt.epoch for shard, receipt in found.items()} == dict.fromkeys(range(SHARDS), 1)
+    assert all(Dataset(url).receipt("depth", r.recipe[:12], shard) == r for shard, r in found.items())
     data = {n: f for n, f in files.items() if n.split("/")[0] in (SAMPLES, "tokens")}
     assert data == data_files(), "one set of files, that of an undisturbed run"
     assert len({name for name, _ in won}) == len(won), "two writers were told that a receipt is theirs"
@@ -315,17 +320,19 @@ EXPENSIVE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=EXPENSIVE)
-@given(schedule=SCHEDULES, damaged=DAMAGED)
-def test_every_interleaving_on_an_object_store(schedule: list[Step], damaged: list[str]) -> None:
+@given(schedule=SCHEDULES, elsewhere=st.booleans(), damaged=DAMAGED)
+def test_every_interleaving_on_an_object_store(
+    schedule: list[Step], elsewhere: bool, damaged: list[str]
+) -> None:
     with object_store() as url:
-        run_case(url, schedule, damaged)
+        run_case(url, schedule, elsewhere, damaged)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=EXPENSIVE)
-@given(schedule=SCHEDULES, damaged=DAMAGED)
-def test_every_interleaving_in_a_folder(schedule: list[Step], damaged: list[str]) -> None:
+@given(schedule=SCHEDULES, elsewhere=st.booleans(), damaged=DAMAGED)
+def test_every_interleaving_in_a_folder(schedule: list[Step], elsewhere: bool, damaged: list[str]) -> None:
     with folder() as url:
-        run_case(url, schedule, damaged)
+        run_case(url, schedule, elsewhere, damaged)
 
 
 @pytest.mark.parametrize("place", [object_store, folder])
