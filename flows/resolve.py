@@ -282,7 +282,7 @@ def recipe_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Which lines of two recipes differ, as ``path: old -> new``; hashes are cut short, unless they would look alike."""
 
     def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and (value or not path):
             for key, entry in value.items():
                 yield from flat(entry, f"{path}.{key}" if path else str(key))
         else:
@@ -291,10 +291,13 @@ def recipe_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     a, b = dict(flat(old, "")), dict(flat(new, ""))
     lines = []
     for key in sorted({*a, *b}):
-        if key not in a or key not in b or a[key] != b[key]:
-            was, now = (_plain(side[key]) if key in side else "nothing" for side in (a, b))
-            if _HASH.sub(_cut, was) != _HASH.sub(_cut, now):
-                was, now = _HASH.sub(_cut, was), _HASH.sub(_cut, now)
+        exact = [json.dumps(side[key], ensure_ascii=False) if key in side else "nothing" for side in (a, b)]
+        if exact[0] != exact[1]:
+            plain = [
+                _HASH.sub(_cut, str(side[key])) if _is_word(side.get(key)) else e
+                for side, e in zip((a, b), exact, strict=True)
+            ]
+            was, now = plain if plain[0] != plain[1] else exact
             lines.append(f"{key}: {was} -> {now}")
     return lines
 
@@ -303,8 +306,9 @@ def _cut(match: re.Match[str]) -> str:
     return f"{match[0][:SHORT]}.."
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+def _is_word(value: Any) -> bool:
+    """Shown without quotes."""
+    return isinstance(value, str) and value not in ("", "nothing")
 
 
 __all__ = [
