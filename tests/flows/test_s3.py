@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import s3fs
@@ -38,9 +39,11 @@ from small_builds import (
 from fourmill import lease
 from fourmill.errors import ConfigError
 from fourmill.flows.build import BuildOptions, build
+from fourmill.flows.plan import make_plan
+from fourmill.flows.resolve import resolve
 from fourmill.flows.training import make_snapshot
 from fourmill.lease import single_writer_lease
-from fourmill.shards.dataset import Dataset
+from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.garbage import find_garbage, remove_garbage
 from fourmill.shards.receipt_cache import ReceiptCache
 from fourmill.shards.receipts import Receipt, Recipe
@@ -65,11 +68,14 @@ class Flaky:
     def __init__(self, app: Any) -> None:
         self._app, self._random, self._lock = app, random.Random(0), threading.Lock()
         self.requests = self.failed = 0
+        self.listed: list[str] = []  # prefixes
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         with self._lock:
             kind = None
             self.requests += 1
+            query = parse_qs(str(environ.get("QUERY_STRING")))
+            self.listed += query.get("prefix", [])
             if self._random.random() < self.share:
                 kind = self.kinds[self.failed % len(self.kinds)]
                 self.failed += 1
@@ -263,6 +269,20 @@ def test_more_keys_than_a_page_holds(place: str, tmp_path: Path, monkeypatch: py
     fresh.__dict__.update(dataset.__dict__, _cache=ReceiptCache(dataset.store, dataset.digest))
     assert fresh.receipts("depth", recipe.short, dataset.listing("depth")) == found
     assert fresh.receipts("depth", recipe.short) == found
+
+
+def test_a_plan_lists_each_column_once(
+    bucket: str, server: Flaky, local: tuple[Path, dict[str, Any]]
+) -> None:
+    config = small_config(f"{bucket}/ds", local[1], count=12)
+    with without_ray():
+        build(config, BuildOptions(limit=8))
+    resolved, dataset = resolve(config), Dataset(config.dataset)
+    server.listed.clear()
+    assert [job.shard for job in make_plan(resolved, dataset).jobs] == [2]
+    columns = [prefix.split("/")[2] for prefix in server.listed if prefix.startswith("ds/receipts/")]
+    assert sorted(c for c in columns if c != SAMPLES) == sorted(local[1])
+    assert len(server.listed) < len(local[1]) + 8, server.listed
 
 
 def test_garbage_goes(
