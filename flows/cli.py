@@ -82,11 +82,52 @@ def build(
     no_prefect: NoPrefect = False,
 ) -> None:
     """Label and tokenize everything that is missing; the same command resumes after any interruption."""
-    retry: bool | str = retry_rejects is not None if retry_rejects in (None, ALL_REASONS) else retry_rejects
     _build(
         config, overrides, no_prefect,
-        limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=retry,
+        limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=_retry(retry_rejects),
     )  # fmt: skip
+
+
+@app.command(
+    epilog="Example: [bold]fourmill plan cc12m --limit 20000 --rate depth=120 --rate clip=900[/bold]"
+)
+def plan(
+    config: ConfigName,
+    limit: Limit = None,
+    shards: Shards = None,
+    redo_stale: RedoStale = False,
+    retry_rejects: RetryRejects = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODALITY=IMAGES_PER_S", help="speed of one specialist; may be repeated"),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="measure what is not known with 200 images on this machine")
+    ] = False,
+    specialists: Annotated[
+        int | None,
+        typer.Option(min=1, help="how many of each group work at once; default: as this machine has room"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """What a build would do and redo, why, and what that takes (estimates). Touches nothing."""
+    from fourmill.config import load_config
+    from fourmill.flows.build import BuildOptions
+    from fourmill.flows.planning import parse_rates, plan_build, plan_report
+
+    options = BuildOptions(
+        limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=_retry(retry_rejects)
+    )
+    console.stderr = as_json  # what a calibration says of its progress
+    found = plan_build(
+        load_config(config, overrides), options,
+        rates=parse_rates(rate), calibrated=calibrate, specialists=specialists,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        console.print(plan_report(found), soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]fourmill label demo -m depth --limit 300[/bold]")
@@ -289,6 +330,13 @@ def _build(config: str, overrides: list[str] | None, no_prefect: bool, **options
     console.print(status_report(read_status(Dataset(checked.dataset)), checked.dataset), soft_wrap=True)
     if problem is not None:
         raise problem
+
+
+def _retry(text: str | None) -> bool | str:
+    """All reasons (True), one of them, or none (False)."""
+    if text is None:
+        return False
+    return True if text == ALL_REASONS else text
 
 
 def _range(text: str | None) -> tuple[int, int] | None:

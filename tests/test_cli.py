@@ -23,7 +23,7 @@ from fourmill.errors import (
 from fourmill.flows import cli
 
 COMMANDS = (
-    "demo", "build", "label", "tokenize", "fit-tokenizers", "train", "status", "report", "export", "inspect", "gc", "doctor",
+    "demo", "plan", "build", "label", "tokenize", "fit-tokenizers", "train", "status", "report", "export", "inspect", "gc", "doctor",
 )  # fmt: skip
 
 
