@@ -25,8 +25,7 @@ from fourmill.flows.pool import REVIVAL_POLL_S, Pool, root_cause
 RUNNER_DEATHS = 4  # of runners that hold one shard, before it is parked
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # before a shard is tried again: doubled each time
 GROW_EVERY_S = 10.0  # how often nodes that joined are looked for
-STRAGGLER = 2.0  # times the usual duration, before a shard is given to a second runner too, but not
-STRAGGLER_S = 30.0  # before it has run so long
+STRAGGLER = 2.0  # times the usual duration, before a shard is given to a second runner too
 WAIT_S = 0.5
 
 
@@ -128,7 +127,8 @@ class Driver:
         slow = [
             (now - run.started, run.job)
             for run in self._running.values()
-            if copies[run.job.shard] == 1 and now - run.started > max(STRAGGLER * usual, STRAGGLER_S)
+            if copies[run.job.shard] == 1
+            and now - run.started > max(STRAGGLER * usual, self._engine.straggler_s)
         ]
         return max(slow, key=lambda pair: pair[0])[1] if slow else None
 

@@ -63,7 +63,7 @@ class RunnerActor:
         # by name: a constructor that holds handles could not be run again after a restart
         self.groups = [[Host(actor, ray.get_actor(actor)) for actor in group] for group in groups]
         self.folder, self._name = Path(folder), name
-        self.deadline_s = config.engine.batch_deadline_s
+        self.deadline_s, self.straggler_s = config.engine.batch_deadline_s, config.engine.straggler_s
         self.beats = 0
         environment = wait_until_up(self.groups[0][0].actor.ready)
         self._runner = Runner(config, wanted, self._submit, environment, listing, Journal(self.folder, name))
@@ -115,9 +115,15 @@ class _Sent:
         self._send()
 
     def _send(self) -> None:
-        self._host = min(self._hosts, key=lambda host: host.busy)
+        self._host = min(self._hosts, key=self._load)
         self._host.busy += 1
         self._future = self._host.actor.process.remote(*self._arguments)
+
+    def _load(self, host: Host) -> tuple[bool, int, float]:
+        """Whether it is held up by something slow, how much it has to do for this runner, how long it has been at it."""
+        doing = journal.under_way(self._runner.folder, host.name)
+        seconds = 0.0 if doing is None else time.time() - doing.since
+        return seconds > self._runner.straggler_s, host.busy, seconds
 
     def result(self) -> MicroResult:
         """Raises `Died` where this micro-batch ended the process that ran it, RayActorError where no actor is left."""

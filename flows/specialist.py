@@ -139,7 +139,7 @@ class Specialist:
             )
             words = " ".join(str(error).split())
             result.failed[name] = Failure(name, f"{name} {kind}", f"{type(error).__name__}: {words}"[:500])
-            logger.warning("%s: %s", task, result.failed[name].text, exc_info=True)
+            logger.debug("%s: %s", task, result.failed[name].text, exc_info=True)
         spent = f"{phase} {name}"
         result.seconds[spent] = result.seconds.get(spent, 0.0) + time.perf_counter() - start
 

@@ -81,6 +81,7 @@ class EngineConfig(_Section):
     inflight_mb: int = Field(default=256, ge=1)  # pixels that a runner has decoded ahead of its specialists
     batch_deadline_s: float = Field(default=600, gt=0)  # a micro-batch that takes longer hangs
     drain_s: float = Field(default=30, ge=0)  # after SIGTERM, for shards under way to finish
+    straggler_s: float = Field(default=30, ge=0)  # no shard is given to a second runner before it has run so long
     max_attempts: int = Field(default=3, ge=1)  # of a shard before it is parked
     max_absent_share: float = Field(default=0.05, ge=0, le=1)
     max_absent_rows: int = Field(default=10, ge=0)  # so small shards are not parked for a row or two

@@ -34,7 +34,7 @@ def modality(name):
 class Moody(Labeler):
     """Brightness, except where its options say otherwise: key -> what it does there."""
     modality = modality("mood")
-    options = {"at": {}, "hungry": 0}
+    options = {"at": {}, "hungry": 0, "marker": ""}
 
     def label(self, batch):
         if self.params["hungry"] and len(batch) > self.params["hungry"]:
@@ -49,6 +49,9 @@ class Moody(Labeler):
                 time.sleep(3600)
             elif what == "kill":
                 os.kill(os.getpid(), 9)
+            elif what == "slow once" and not os.path.exists(self.params["marker"]):
+                open(self.params["marker"], "w").close()
+                time.sleep(3600)
             elif what == "nan":
                 labels[row] = np.full_like(labels[row], np.nan)
             elif what == "short":
@@ -179,6 +182,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
         "deadly": small_content(
             root / "deadly", {"calm": {}}, source={"kind": "folder", "path": str(photos)}, engine=ENGINE
         ),
+        "slow": small_content(
+            root / "slow",
+            {"mood": {"at": {"00000009": "slow once"}, "marker": str(root / "was slow")}},
+            count=16,
+            engine={"batch_size": 4, "device": "cpu", "replicas": 2, "straggler_s": 1},
+        ),
         "hungry": small_content(root / "hungry", {"mood": {"hungry": 1}}, count=8, engine=ENGINE),
     }  # fmt: skip
     return root, dict(zip(contents, run_driver(root, *contents.values()), strict=True))
@@ -236,6 +245,16 @@ def test_memory_that_runs_out_halves_the_batch(built: tuple[Path, dict[str, str]
     assert len(receipts) == 2
     assert {receipt.environment["batch_size"] for receipt in receipts.values()} == {1}
     assert all(receipt.present == receipt.rows == 4 for receipt in receipts.values())
+
+
+@pytest.mark.ray
+def test_the_slowest_shard_runs_twice(built: tuple[Path, dict[str, str]]) -> None:
+    """One micro-batch would take an hour: another runner makes its shard, and nobody waits for the first."""
+    root, said = built
+    assert (root / "was slow").exists()
+    assert said["slow"] == "done"
+    assert reasons_of(root / "slow", "mood") == {}
+    assert len(data_of(root / "slow", "mood")) == 4
 
 
 @pytest.mark.ray

@@ -99,7 +99,9 @@ def test_null_cells_alone_are_made_again(
     }
     held = Snapshot.load(str(url), before.digest)
     for index, tokens in old.items():
-        assert np.array_equal(np.array(held.column(index, "depth").tokens), tokens), "an earlier snapshot still holds"
+        assert np.array_equal(np.array(held.column(index, "depth").tokens), tokens), (
+            "an earlier snapshot still holds"
+        )
 
 
 def test_in_vain_nothing_changes(tmp_path: Path, modalities: dict[str, Any], sick: dict[int, str]) -> None:
