@@ -7,9 +7,9 @@ its stages (never samples or shards). What is finished is decided by receipts al
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from fourmill.errors import ConfigError, SourceError, WorkMissing
 from fourmill.flows.engine import EngineReport, run_jobs
 from fourmill.flows.fitting import fit_tokenizers, needs_labels
 from fourmill.flows.interrupts import interruptible
-from fourmill.flows.plan import Plan, fit_shards, make_plan
+from fourmill.flows.plan import Plan, column_states, fit_shards, make_plan
 from fourmill.flows.progress import progress, say
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import Status, status
@@ -46,6 +46,7 @@ class BuildOptions:
     only_labels: tuple[str, ...] | None = None  # `fourmill label`: keep labels of these, make no tokens
     only_tokens: tuple[str, ...] | None = None  # `fourmill tokenize`
     fit_only: bool = False  # `fourmill fit-tokenizers`
+    slice: tuple[int, int] | None = None  # (i, n): the shards whose number is i modulo n
     retry_rejects: bool | str = False  # null cells are tried again: all (True), or those of one reason
 
 
@@ -64,6 +65,7 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
     """Make what is missing. Raises WorkMissing when something still is, once all that could be done is done."""
     with interruptible(), ExitStack() as stack:
         resolved = resolve(config)
+        _check_slice(resolved, options)
         _check_storage(config)
         if not Store(config.dataset).exists("dataset.yaml"):
             make_plan(resolved, None)  # an empty source is refused before the dataset exists
@@ -75,12 +77,28 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
         if options.only_labels is None and resolved.unfitted():
             _fit(resolved, dataset, options, stage, total)
             resolved = resolve(config)
+        shards: list[int] = []
         if not options.fit_only:
             plan = _plan(resolved, dataset, options)
+            shards = [shard for shard in plan.shards if in_slice(shard, options.slice)]
             _remember_run(dataset, resolved, plan, _asked(resolved, options))
             _say_plan(plan)
             _run(resolved, dataset, plan, "Label and tokenize", stage, total)
-    return _finish(resolved, dataset, options, total)
+    return _finish(resolved, dataset, options, total, shards)
+
+
+def _check_slice(resolved: Resolved, options: BuildOptions) -> None:
+    """Slices are independent of each other, so none of them may wait for, or repeat, what concerns all."""
+    unfitted = resolved.unfitted()
+    if options.slice is not None and unfitted:
+        raise ConfigError(
+            f"--slice: the tokenizers of {', '.join(unfitted)} are yet to be fitted; run `fourmill fit-tokenizers` first, once"
+        )
+
+
+def in_slice(shard: int, part: tuple[int, int] | None) -> bool:
+    """Depends on the shard's number alone: whoever lists more or fewer shards agrees on it."""
+    return part is None or shard % part[1] == part[0]
 
 
 def _check_storage(config: Config) -> None:
@@ -95,7 +113,8 @@ def _check_storage(config: Config) -> None:
 
 
 def _plan(resolved: Resolved, dataset: Dataset, options: BuildOptions) -> Plan:
-    return make_plan(
+    """Of all shards, with the jobs of this slice."""
+    plan = make_plan(
         resolved,
         dataset,
         limit=options.limit,
@@ -105,6 +124,7 @@ def _plan(resolved: Resolved, dataset: Dataset, options: BuildOptions) -> Plan:
         only_labels=options.only_labels or (),
         only_tokens=() if options.only_labels is not None else options.only_tokens,
     )
+    return replace(plan, jobs=[job for job in plan.jobs if in_slice(job.shard, options.slice)])
 
 
 def _say_plan(plan: Plan) -> None:
@@ -165,7 +185,10 @@ def _run(
         total.seconds[phase] = total.seconds.get(phase, 0.0) + seconds
 
 
-def _finish(resolved: Resolved, dataset: Dataset, options: BuildOptions, total: EngineReport) -> BuildResult:
+def _finish(
+    resolved: Resolved, dataset: Dataset, options: BuildOptions, total: EngineReport, shards: Sequence[int]
+) -> BuildResult:
+    """``shards``: those that this run was to finish."""
     _check_readable(dataset)
     result = BuildResult(status(dataset), total.rows, total.seconds)
     if total.parked:
@@ -174,12 +197,22 @@ def _finish(resolved: Resolved, dataset: Dataset, options: BuildOptions, total: 
             f"{len(total.parked)} column shards were set aside, such as {column} shard {shard}: {why}; "
             "the same command tries them again"
         )
-    stale = sum(m.stale for m in result.status.modalities.values())
+    stale = _stale(resolved, dataset, result.status, shards)
     if stale and options.only_labels is None and not options.fit_only:
         raise WorkMissing(
             f"{stale} column shards are stale (another recipe made them); --redo-stale makes them again"
         )
     return result
+
+
+def _stale(resolved: Resolved, dataset: Dataset, found: Status, shards: Sequence[int]) -> int:
+    """How many column shards of ``shards`` another recipe made; ``found`` is of the whole dataset."""
+    stale = sum(m.stale for m in found.modalities.values())
+    if not stale or len(shards) == found.shards:
+        return stale
+    recipes = resolved.token_recipes()
+    states, _ = column_states(dataset, {name: recipes.get(name) for name in resolved.wanted}, shards)
+    return sum(len(state.stale) for state in states.values())
 
 
 def _check_readable(dataset: Dataset) -> None:

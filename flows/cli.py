@@ -76,6 +76,10 @@ def build(
     config: ConfigName,
     limit: Limit = None,
     shards: Shards = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--slice", metavar="I/N", help="only the I-th of N parts of the shards (0 <= I < N)"),
+    ] = None,
     redo_stale: RedoStale = False,
     retry_rejects: RetryRejects = None,
     overrides: Overrides = None,
@@ -85,6 +89,7 @@ def build(
     _build(
         config, overrides, no_prefect,
         limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=_retry(retry_rejects),
+        slice=_slice(part),
     )  # fmt: skip
 
 
@@ -120,10 +125,13 @@ def plan(
         limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=_retry(retry_rejects)
     )
     console.stderr = as_json  # what a calibration says of its progress
-    found = plan_build(
-        load_config(config, overrides), options,
-        rates=parse_rates(rate), calibrated=calibrate, specialists=specialists,
-    )  # fmt: skip
+    try:
+        found = plan_build(
+            load_config(config, overrides), options,
+            rates=parse_rates(rate), calibrated=calibrate, specialists=specialists,
+        )  # fmt: skip
+    finally:
+        console.stderr = False
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -346,6 +354,15 @@ def _range(text: str | None) -> tuple[int, int] | None:
     if not (separator and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise ConfigError(f"--shards {text}: write it as A:B with A < B, for example 0:4")
     return int(first), int(last)
+
+
+def _slice(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    part, separator, parts = text.partition("/")
+    if not (separator and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ConfigError(f"--slice {text}: write it as I/N with 0 <= I < N, for example 0/8 to 7/8")
+    return int(part), int(parts)
 
 
 def _known(names: list[str] | None, known: Any) -> list[str] | None:

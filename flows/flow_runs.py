@@ -56,6 +56,7 @@ def build_dataset(
     only_labels: list[str] | None = None,
     only_tokens: list[str] | None = None,
     retry_rejects: bool | str = False,
+    slice: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Make what is missing of a dataset; returns its status. Fails with WorkMissing when something still is."""
     options = BuildOptions(
@@ -65,6 +66,7 @@ def build_dataset(
         only_labels=None if only_labels is None else tuple(only_labels),
         only_tokens=None if only_tokens is None else tuple(only_tokens),
         retry_rejects=retry_rejects,
+        slice=tuple(slice) if slice else None,  # type: ignore[arg-type]
     )
     with _artifacts():
         return build(_config(config, overrides), options, stage).status.to_json()
