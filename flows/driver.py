@@ -20,7 +20,7 @@ from fourmill.errors import FourmillError, WorkMissing
 from fourmill.flows.committing import JobReport
 from fourmill.flows.interrupts import Drain
 from fourmill.flows.plan import Job
-from fourmill.flows.pool import REVIVAL_POLL_S, Pool, root_cause
+from fourmill.flows.pool import REVIVAL_POLL_S, Pool, lost_errors, root_cause
 
 RUNNER_DEATHS = 4  # of runners that hold one shard, before it is parked
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # before a shard is tried again: doubled each time
@@ -144,7 +144,7 @@ class Driver:
         job = run.job
         try:
             report = ray.get(future)
-        except ray.exceptions.RayActorError as error:
+        except lost_errors() as error:
             self._deaths[job.shard] += 1
             self._reviving[run.runner.died_decoding.remote(job.shard)] = (run.runner, job)
             if self._deaths[job.shard] >= RUNNER_DEATHS:
@@ -183,7 +183,7 @@ class Driver:
             suspects = frozenset(ray.get(future))
             self._idle.append(runner)
             self._again(replace(job, careful=job.careful | suspects), 0)
-        except ray.exceptions.RayActorError as error:
+        except lost_errors() as error:
             if isinstance(error, ray.exceptions.ActorUnavailableError) and self._pool.node_is_alive(runner):
                 time.sleep(REVIVAL_POLL_S)
                 self._reviving[runner.died_decoding.remote(job.shard)] = (runner, job)
@@ -211,7 +211,7 @@ class Driver:
         for future in done:
             try:
                 progress = ray.get(future)
-            except ray.exceptions.RayActorError:
+            except lost_errors():
                 continue  # it died: that comes back as its job's failure
             if progress != asked[future].seen:
                 asked[future].seen, asked[future].seen_at = progress, now

@@ -38,6 +38,15 @@ RUNNERS = 2  # per cell
 WAITING_S = 60.0  # before a person is told that a run waits for its share of a cluster
 
 
+def lost_errors() -> tuple[type[Exception], ...]:
+    """What Ray raises when the process or the machine that was to answer is gone: bad luck, never the data's fault."""
+    from ray import exceptions as e
+
+    return (
+        e.RayActorError, e.ActorUnschedulableError, e.NodeDiedError, e.WorkerCrashedError, e.ObjectLostError,
+    )  # fmt: skip
+
+
 def device_of(config: Config) -> str:
     if config.engine.device != "auto":
         return config.engine.device
@@ -127,12 +136,10 @@ class _Sent:
 
     def result(self) -> MicroResult:
         """Raises `Died` where this micro-batch ended the process that ran it, RayActorError where no actor is left."""
-        import ray
-
         for attempt in range(1, CALL_ATTEMPTS + 1):
             try:
                 return self._wait()
-            except ray.exceptions.RayActorError:
+            except lost_errors():
                 if attempt == CALL_ATTEMPTS:
                     raise
             finally:
@@ -193,7 +200,7 @@ class Cell:
             specialist = self.loading.pop(answer)
             try:
                 unwrapped(lambda: ray.get(answer))  # noqa: B023 it is called here
-            except ray.exceptions.RayActorError as error:
+            except lost_errors() as error:
                 self.deaths += 1
                 if self.deaths >= LOADINGS:
                     raise FourmillError(
