@@ -92,7 +92,8 @@ def _check_slice(resolved: Resolved, options: BuildOptions) -> None:
     unfitted = resolved.unfitted()
     if options.slice is not None and unfitted:
         raise ConfigError(
-            f"--slice: the tokenizers of {', '.join(unfitted)} are yet to be fitted; run `fourmill fit-tokenizers` first, once"
+            f"--slice: the tokenizers of {', '.join(unfitted)} are yet to be fitted; run `fourmill fit-tokenizers` "
+            "first, once for all slices"
         )
 
 
@@ -233,7 +234,7 @@ def _add_given_tokenizers(resolved: Resolved, dataset: Dataset) -> None:
 
 
 def _asked(resolved: Resolved, options: BuildOptions) -> dict[str, Any]:
-    """What a run that is not about all tokens says of itself: ``labels`` to be kept, and the modalities of its ``tokens``."""
+    """What a run that is not about all tokens says of itself: ``labels`` to be kept, modalities of its ``tokens``."""
     if options.only_labels is not None:
         chosen = {n: resolved.wanted[n].label_recipe.short for n in options.only_labels}
         return {"labels": {n: {"recipe": r, "shards": None} for n, r in chosen.items()}, "tokens": []}

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fourmill.errors import ConfigError, FourmillError
+from fourmill.flows.arguments import known_names, reasons, shard_range, slice_of, with_optional_values
 from fourmill.flows.progress import console, errors
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -49,7 +50,6 @@ RetryRejects = Annotated[
         help="try null cells again: all, or those with this reason (see `fourmill status`)",
     ),
 ]
-ALL_REASONS = "all"
 
 
 @app.callback()
@@ -88,8 +88,8 @@ def build(
     """Label and tokenize everything that is missing; the same command resumes after any interruption."""
     _build(
         config, overrides, no_prefect,
-        limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=_retry(retry_rejects),
-        slice=_slice(part),
+        limit=limit, shards=shard_range(shards), redo_stale=redo_stale, retry_rejects=reasons(retry_rejects),
+        slice=slice_of(part),
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def plan(
     from fourmill.flows.planning import parse_rates, plan_build, plan_report
 
     options = BuildOptions(
-        limit=limit, shards=_range(shards), redo_stale=redo_stale, retry_rejects=_retry(retry_rejects)
+        limit=limit, shards=shard_range(shards), redo_stale=redo_stale, retry_rejects=reasons(retry_rejects)
     )
     console.stderr = as_json  # what a calibration says of its progress
     try:
@@ -152,8 +152,8 @@ def label(
     from fourmill.modality import SOURCE_MODALITIES
 
     known = load_config(config, overrides).modalities
-    names = _known(modality, known) or [name for name in known if name not in SOURCE_MODALITIES]
-    _build(config, overrides, no_prefect, limit=limit, shards=_range(shards), only_labels=names)
+    names = known_names(modality, known) or [name for name in known if name not in SOURCE_MODALITIES]
+    _build(config, overrides, no_prefect, limit=limit, shards=shard_range(shards), only_labels=names)
 
 
 @app.command(epilog="Example: [bold]fourmill tokenize demo -m depth --redo-stale[/bold]")
@@ -169,10 +169,10 @@ def tokenize(
     """Make the tokens of some modalities, from kept labels where there are any."""
     from fourmill.config import load_config
 
-    names = _known(modality, load_config(config, overrides).modalities)
+    names = known_names(modality, load_config(config, overrides).modalities)
     _build(
         config, overrides, no_prefect,
-        limit=limit, shards=_range(shards), redo_stale=redo_stale, only_tokens=names,
+        limit=limit, shards=shard_range(shards), redo_stale=redo_stale, only_tokens=names,
     )  # fmt: skip
 
 
@@ -340,40 +340,6 @@ def _build(config: str, overrides: list[str] | None, no_prefect: bool, **options
         raise problem
 
 
-def _retry(text: str | None) -> bool | str:
-    """All reasons (True), one of them, or none (False)."""
-    if text is None:
-        return False
-    return True if text == ALL_REASONS else text
-
-
-def _range(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, separator, last = text.partition(":")
-    if not (separator and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise ConfigError(f"--shards {text}: write it as A:B with A < B, for example 0:4")
-    return int(first), int(last)
-
-
-def _slice(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    part, separator, parts = text.partition("/")
-    if not (separator and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ConfigError(f"--slice {text}: write it as I/N with 0 <= I < N, for example 0/8 to 7/8")
-    return int(part), int(parts)
-
-
-def _known(names: list[str] | None, known: Any) -> list[str] | None:
-    from fourmill.errors import nearest
-
-    for name in names or []:
-        if name not in known:
-            raise ConfigError(f"--modality {name}: not in the configuration{nearest(name, known)}")
-    return names or None
-
-
 def _show_tokenizers(url: str) -> None:
     from fourmill.shards.dataset import Dataset
 
@@ -386,7 +352,7 @@ def _show_tokenizers(url: str) -> None:
 def main() -> None:
     """Entry point: errors of ours are one line, and every way of ending has its exit status."""
     try:
-        app(_with_optional_values(sys.argv[1:]), prog_name="fourmill")
+        app(with_optional_values(sys.argv[1:]), prog_name="fourmill")
     except FourmillError as error:
         errors.print(f"fourmill: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(error.exit_code)
@@ -394,16 +360,6 @@ def main() -> None:
         sys.exit(_stopped())
     except SystemExit as leaving:
         sys.exit(_stopped() if leaving.code == INTERRUPTED else leaving.code)
-
-
-def _with_optional_values(arguments: list[str]) -> list[str]:
-    """``--retry-rejects`` with nothing after it, or with an option, means all reasons; typer knows no such thing."""
-    out = []
-    for argument, after in zip(arguments, [*arguments[1:], "--"], strict=True):
-        out.append(argument)
-        if argument == "--retry-rejects" and after.startswith("-"):
-            out.append(ALL_REASONS)
-    return out
 
 
 def _stopped() -> int:

@@ -11,7 +11,7 @@ from fourmill.flows.resolve import Resolved, Wanted
 from fourmill.shards.dataset import SAMPLES, ColumnListing, Dataset
 from fourmill.shards.receipts import Receipt
 
-LOOKED_AT = 64  # receipts of a column: enough for a median
+LOOKED_AT = 24  # receipts of a column, from all over it: enough for a median
 MAX_IDLE = 0.95
 TOKEN_BYTES = 2  # uint16
 
@@ -29,8 +29,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """``decode``: seconds to read and decode an image; ``idle``: share of the time in which even the busiest group's
-    specialists waited for input."""
+    """``decode``: seconds to read and decode an image; ``idle``: share of the time in which even the busiest
+    group's specialists waited for input."""
 
     modalities: dict[str, Cost] = field(default_factory=dict)
     sample_bytes: float | None = None
@@ -39,7 +39,10 @@ class Costs:
 
 
 def measured(resolved: Resolved, dataset: Dataset, source: str, *, steady: bool = True) -> Costs:
-    """Costs as a dataset's receipts tell them. ``steady``: of a run so long that what its specialists waited says something."""
+    """Costs as a dataset's receipts tell them.
+
+    ``steady``: they are of a run so long that what its specialists waited says something.
+    """
     costs: dict[str, Cost] = {}
     receipts: dict[str, list[Receipt]] = {}
     for name, listing in dataset.listings(resolved.wanted).items():
@@ -56,7 +59,7 @@ def measured(resolved: Resolved, dataset: Dataset, source: str, *, steady: bool 
 
 
 def with_rates(costs: Costs, resolved: Resolved, rates: Mapping[str, float]) -> Costs:
-    """Replace seconds by given rates (images/s of one specialist), and add sizes of tokens that are always as many."""
+    """Replace seconds by given rates (images/s of one specialist), and add the size of a fixed number of tokens."""
     for name in rates:
         if name not in resolved.wanted:
             raise ConfigError(f"--rate {name}: not in the configuration{nearest(name, resolved.wanted)}")

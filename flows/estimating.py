@@ -20,7 +20,8 @@ SPEED = "speed"
 class Estimate:
     """``hours``: of specialists, by modality; ``seconds``: until the end, ``rate``: images/s on the way.
 
-    ``unknown``: modality -> what is not known of it, and counts as nothing. ``sources``: modality -> where its speed comes from.
+    ``unknown``: modality -> what is not known of it, and counts as nothing.
+    ``sources``: modality -> where its speed comes from.
     """
 
     hours: dict[str, float]
@@ -46,7 +47,7 @@ class Estimate:
 
 
 def specialists_here(resolved: Resolved) -> int:
-    """How many of each group work at the same time: as configured, or as many as this machine has room for (at least one)."""
+    """How many of each group work at the same time: as configured, or as many as this machine has room for."""
     engine, groups = resolved.config.engine, len(resolved.groups())
     if engine.replicas:
         return engine.replicas

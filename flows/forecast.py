@@ -1,7 +1,7 @@
 """What a build would do, and why, without doing any of it: `fourmill plan`.
 
-It compares configuration, source and receipts as `build` does, shard by shard, and only reads. `fourmill.flows.estimating` says
-what it takes.
+It compares configuration, source and receipts as `build` does, shard by shard, and only reads.
+`fourmill.flows.estimating` says what it takes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fourmill.shards.receipts import Recipe
 
 @dataclass
 class Work:
-    """One modality, in shards and rows. The first four are where it stands; the others what a build would do now."""
+    """One modality, in shards and rows. The first four say where it stands, the others what a build would do."""
 
     finished: int = 0
     pending: int = 0
@@ -68,7 +68,7 @@ class Forecast:
 
 
 def open_dataset(resolved: Resolved) -> Dataset | None:
-    """The dataset if there is one. ConfigError where it was built with another identity, as `build` raises it."""
+    """The dataset if there is one. ConfigError, as of `build`, where it was built with another identity."""
     try:
         dataset = Dataset(resolved.config.dataset)
     except ConfigError:
@@ -151,7 +151,7 @@ def _kept(resolved: Resolved, dataset: Dataset | None) -> dict[str, set[int]]:
 def _jobs(
     resolved: Resolved, plan: Plan, options: BuildOptions, kept: dict[str, set[int]]
 ) -> tuple[int, list[Job]]:
-    """Shards of the fit set, and the jobs of both stages. Labels that the first one keeps count as ``kept`` afterwards."""
+    """Shards of the fit set, and the jobs of both stages; labels that the first one keeps are there in the second."""
     unfitted = resolved.unfitted()
     if not unfitted:
         return 0, plan.jobs

@@ -192,8 +192,8 @@ def _estimate_lines(planned: Planned) -> list[str]:
         without = f" (without {', '.join(slow)})" if slow else ""
         lines.append(
             f"estimate{without}: {guess.rate:.1f} images/s with {guess.specialists} specialists of each group, "
-            f"{guess.total_hours:.2f} {guess.unit} in all, {human_bytes(guess.total_bytes)}, {human_seconds(guess.seconds)}: "
-            f"would end {planned.end.astimezone():%Y-%m-%d %H:%M}"
+            f"{guess.total_hours:.2f} {guess.unit} in all, {human_bytes(guess.total_bytes)}, "
+            f"{human_seconds(guess.seconds)}: would end {planned.end.astimezone():%Y-%m-%d %H:%M}"
         )
     by_source: dict[str, list[str]] = {}
     for name, source in guess.sources.items():

@@ -26,8 +26,9 @@ MANY = 32  # new receipts: they are read through the cache of receipts
 class Line:
     """One modality, in shards, rows and seconds. None: nothing is known yet.
 
-    ``rate``: images/s in the last minutes of the newest run; ``wait``: the share of their time in which its specialists waited
-    for input, in [0, 1]; ``left``: at that rate; ``seconds``: of forward passes and tokenizing, for all receipts there are.
+    ``rate``: images/s in the last minutes of the newest run; ``wait``: the share of their time in which its
+    specialists waited for input, in [0, 1]; ``left``: at that rate; ``seconds``: of forward passes and tokenizing,
+    for all receipts there are.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Progress as a person sees it: `fourmill status --watch`, and the lines under a build's own progress bar.
 
-Looks are rarer where listings are slow: they take a twentieth of the time at most.
+Looks are rarer where they take long, as with 250,000 receipts: of a build's driver a fiftieth of its time at most.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fourmill.shards.dataset import Dataset
 
 EVERY_S = 2.0  # between looks of `fourmill status --watch`
 BUILD_EVERY_S = 5.0  # between looks of a build at itself
-LOOKING_SHARE = 20  # a pause is this many times as long as the look before it
+PAUSE, BUILD_PAUSE = 4, 50  # a pause is at least so many times as long as the look before it
 UNKNOWN = "-"
 
 
@@ -121,7 +121,7 @@ def _follow(view: Watch, show: Any) -> None:
         show(picture)
         if picture.complete:
             return
-        time.sleep(max(EVERY_S, LOOKING_SHARE * (time.monotonic() - began)))
+        time.sleep(max(EVERY_S, PAUSE * (time.monotonic() - began)))
 
 
 class BuildLines:
@@ -172,7 +172,7 @@ class BuildLines:
         while not self._stop.wait(pause):
             began = time.monotonic()
             self._look()
-            pause = max(BUILD_EVERY_S, LOOKING_SHARE * (time.monotonic() - began))
+            pause = max(BUILD_EVERY_S, BUILD_PAUSE * (time.monotonic() - began))
 
     def _look(self) -> None:
         """What is shown beside the work must not end it: trouble is shown instead, and the next look tries again."""

@@ -23,7 +23,8 @@ from fourmill.errors import (
 from fourmill.flows import cli
 
 COMMANDS = (
-    "demo", "plan", "build", "label", "tokenize", "fit-tokenizers", "train", "status", "report", "export", "inspect", "gc", "doctor",
+    "demo", "plan", "build", "label", "tokenize", "fit-tokenizers", "train",
+    "status", "report", "export", "inspect", "gc", "doctor",
 )  # fmt: skip
 
 
