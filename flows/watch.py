@@ -67,6 +67,7 @@ class _Part(NamedTuple):
     worked: float
     busy: float
     starved: float
+    taken: float  # by its runner
     committed: float
     gpu: bool
 
@@ -79,6 +80,7 @@ def _part(receipt: Receipt) -> _Part:
         worked=spent.get("forward", 0.0) + spent.get("tokenize", 0.0),
         busy=spent.get("busy", 0.0),
         starved=spent.get("starved", 0.0),
+        taken=sum(spent.get(phase, 0.0) for phase in ("read", "decode", "wait")),
         committed=spent.get("committed", 0.0),
         gpu=receipt.environment.get("device", "cpu") != "cpu",
     )
@@ -146,7 +148,9 @@ def _pace(parts: Iterable[_Part], started: float, now: float) -> tuple[list[_Par
         recent, begin = nlargest(FEW + 1, of_run, key=lambda part: part.committed), started
         if len(recent) > FEW:
             begin = recent.pop().committed
-    return recent, now - begin
+    # starting processes and loading networks is no pace
+    work = min((part.committed - part.taken for part in of_run), default=begin)
+    return recent, now - max(begin, work)
 
 
 def _wait_share(parts: Iterable[_Part]) -> float | None:

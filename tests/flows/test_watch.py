@@ -127,7 +127,7 @@ def test_earlier_runs_say_nothing_of_the_pace(dataset: Dataset, monkeypatch: pyt
 
 def test_a_finished_modality_keeps_its_pace(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     for shard in range(40):
-        commit(dataset, shard, shard + 1)
+        commit(dataset, shard, shard + 31, decode=0.75, wait=0.25)  # after half a minute of starting
     at(monkeypatch, 9000)
     line = depth(Watch(dataset))
     assert line.rate == pytest.approx(4000 / 40) and line.left == 0
@@ -187,12 +187,12 @@ def test_a_second_attempt_replaces_the_first(dataset: Dataset, monkeypatch: pyte
 def test_a_new_run_is_found(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     at(monkeypatch, 200)
     view = Watch(dataset)
-    commit(dataset, 0, 10)
+    commit(dataset, 0, 10, read=10.0)
     assert depth(view).rate == pytest.approx(0.5)
     remember(dataset, "runs/20231114T221500000000-abcdef.yaml", tokens=["depth"])  # 100 s later
     picture = view.look()
     assert [(line.name, line.rate) for line in picture.lines] == [("depth", None)]
-    commit(dataset, 1, 150)
+    commit(dataset, 1, 150, read=60.0)
     assert depth(view).rate == pytest.approx(1.0)
 
 
