@@ -95,11 +95,15 @@ class _Column:
         self.parts: dict[int, _Part] = {}
         self._files: dict[int, str] = {}
 
-    def read(self, dataset: Dataset) -> None:
+    def names(self, dataset: Dataset) -> list[str]:
+        """What is there now: one listing."""
+        return dataset.store.names(f"receipts/{self.name}/{self.short}") if self.short else []
+
+    def read(self, dataset: Dataset, names: Iterable[str]) -> None:
         if self.short is None:
             return
         folder = f"receipts/{self.name}/{self.short}"
-        there = {s: file for s, file in newest(dataset.store.names(folder)).items() if s in self.shards}
+        there = {shard: file for shard, file in newest(names).items() if shard in self.shards}
         new = {shard: file for shard, file in there.items() if self._files.get(shard) != file}
         if len(new) >= MANY:
             found = Dataset(dataset.url).receipts(self.name, self.short)
@@ -171,8 +175,9 @@ class Watch:
     def look(self) -> Picture:
         """Raises ConfigError where nothing was built yet, DatasetError where a receipt is damaged, OSError of the store."""
         self._find_run()
-        for column in self._columns:
-            column.read(self._dataset)
+        listed = self._dataset.store.map(lambda column: column.names(self._dataset), self._columns)
+        for column, names in zip(self._columns, listed, strict=True):
+            column.read(self._dataset, names)
         parts = [part for column in self._columns for part in column.parts.values()]
         last = max((part.committed for part in parts), default=0.0)
         now = max(time.time(), last)  # clocks of other machines may be ahead
