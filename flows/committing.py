@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from fourmill import __version__
-from fourmill.errors import DatasetError
+from fourmill.errors import WorkMissing
 from fourmill.flows.plan import Job
 from fourmill.flows.resolve import Resolved, Wanted
 from fourmill.flows.shard_content import NOT_A_FAULT, ShardContent
@@ -75,8 +75,11 @@ class Committer:
             reasons = [None if s == OK else s for s in status]
             data = write_table(content.samples)
             self._put(shard, SAMPLES, resolved.samples_recipe, reasons, SAMPLES, data, "arrow", report, None)
-            if not self._dataset.is_finished(SAMPLES, resolved.samples_recipe.short, job.shard):
-                raise DatasetError(f"{self._dataset.url}: the receipt of samples {job.shard} did not appear")
+            committed = self._dataset.receipt(SAMPLES, resolved.samples_recipe.short, job.shard)
+            if committed.keys != shard.keys:  # another flow listed the source at another time, and was first
+                raise WorkMissing(
+                    f"samples shard {job.shard} was committed with other rows by another run; run again"
+                )
         else:
             status = frozen.column("status").to_pylist()
         for name, wanted in resolved.wanted.items():

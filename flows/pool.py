@@ -91,10 +91,12 @@ class RunnerActor:
     def clear_notes(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _submit(self, group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> Call:
+    def _submit(
+        self, group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], alone: bool = False
+    ) -> Call:
         import ray
 
-        return Call(_Sent(self, self.groups[group], batch.name, ray.put(batch), labels, tokens).result)
+        return Call(_Sent(self, self.groups[group], batch.name, ray.put(batch), labels, tokens, alone).result)
 
 
 @dataclass
@@ -117,10 +119,11 @@ class _Sent:
         reference: Any,
         labels: Sequence[str],
         tokens: Sequence[str],
+        alone: bool,
     ) -> None:
         # two runners may have the same rows: each sending is known by its own name
         self._runner, self._hosts, self._task = runner, hosts, f"{name} {secrets.token_hex(4)}"
-        self._arguments = (reference, list(labels), list(tokens), self._task)
+        self._arguments = (reference, list(labels), list(tokens), self._task, alone)
         self._send()
 
     def _send(self) -> None:
@@ -296,7 +299,8 @@ class Pool:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         config, groups = self._resolved.config, self._resolved.groups()
-        options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
+        calls = config.engine.calls_per_actor
+        options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0, "max_concurrency": calls}
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         if self._device == "cuda":
             options |= {"num_cpus": 0, "num_gpus": config.engine.gpus_per_actor}
@@ -315,6 +319,7 @@ class Pool:
                 config.image_size,
                 self._device,
                 (self._folder, name),
+                calls,
             )
             for group, row in zip(groups, names, strict=True)
             for name in row

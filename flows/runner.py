@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,8 +45,12 @@ class Call:
     result: Callable[[], MicroResult]
 
 
-#: (group number, micro-batch, labels wanted back, modalities to tokenize) -> what is under way
-Submit = Callable[[int, MicroBatch, Sequence[str], Sequence[str]], Call]
+class Submit(Protocol):
+    """Sends a micro-batch to a specialist of a group. ``alone``: it is to have that specialist for itself."""
+
+    def __call__(
+        self, group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], alone: bool = False
+    ) -> Call: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +255,7 @@ class Runner:
         )
 
         def again(batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> MicroResult:
-            return self._submit(pending.group, batch, labels, tokens).result()
+            return self._submit(pending.group, batch, labels, tokens, alone=True).result()
 
         began = time.perf_counter()
         result, failed = settle(

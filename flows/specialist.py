@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -44,8 +45,9 @@ class Specialist:
         image_size: int,
         device: str,
         journal: tuple[str, str] | None = None,
+        calls: int = 1,
     ) -> None:
-        """``journal``: folder on this node and name, see `fourmill.flows.journal`."""
+        """``journal``: folder on this node and name, see `fourmill.flows.journal`. ``calls``: threads in `process`."""
         self._dataset_url = dataset_url
         self._group = {wanted.name: wanted for wanted in group}
         self._image_size = image_size
@@ -53,46 +55,77 @@ class Specialist:
         self._labelers: dict[str, Labeler] | None = None
         self._codecs: dict[str, Codec] = {}
         self._journal = Journal(Path(journal[0]), journal[1]) if journal else None
-        self._ended: float | None = None  # when the last micro-batch was done
+        self._loading = threading.Lock()
+        self._network = (
+            threading.Lock()
+        )  # one forward pass at a time: what is around it overlaps with another's
+        self._ended: float | None = None  # when the last forward pass was done
+        self._calls, self._places = calls, threading.Semaphore(calls)
+        self._alone = threading.Lock()
 
     def ready(self) -> dict[str, Any]:
         """Load everything; returns the environment that receipts record."""
         import torch
 
-        if self._labelers is None:
-            if self._device == "cpu":
-                torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-            loaded = {}
-            for name, wanted in self._group.items():
-                if wanted.settings is not None:
-                    labeler = wanted.make_labeler()
-                    labeler.settings = _on_device(labeler.settings, self._device)
-                    labeler.load()
-                    loaded[name] = labeler
-            dataset = Dataset(self._dataset_url)
-            for name, wanted in self._group.items():
-                if wanted.tokenizer is not None:
-                    folder = dataset.tokenizer_folder(name, wanted.tokenizer[:12])
-                    codec = load_codec(folder, wanted.modality, self._image_size)
-                    self._codecs[name] = codec.to(self._device)
-            self._labelers = loaded
+        if self._device == "cpu":  # a setting of the thread, not of the process
+            torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        with self._loading:
+            if self._labelers is None:
+                self._labelers = self._load()
         device = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         return {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
 
-    def process(
-        self, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], task: str = ""
-    ) -> MicroResult:
-        """Label and tokenize. ``labels``: modalities whose labels are wanted back; ``tokens``: to tokenize.
+    def _load(self) -> dict[str, Labeler]:
+        loaded = {}
+        for name, wanted in self._group.items():
+            if wanted.settings is not None:
+                labeler = wanted.make_labeler()
+                labeler.settings = _on_device(labeler.settings, self._device)
+                labeler.load()
+                loaded[name] = labeler
+        dataset = Dataset(self._dataset_url)
+        for name, wanted in self._group.items():
+            if wanted.tokenizer is not None:
+                folder = dataset.tokenizer_folder(name, wanted.tokenizer[:12])
+                codec = load_codec(folder, wanted.modality, self._image_size)
+                self._codecs[name] = codec.to(self._device)
+        return loaded
 
-        ``task`` is what the journal calls it.
+    def process(
+        self,
+        batch: MicroBatch,
+        labels: Sequence[str],
+        tokens: Sequence[str],
+        task: str = "",
+        alone: bool = False,
+    ) -> MicroResult:
+        """Label and tokenize; several threads may be here, whose forward passes take turns.
+
+        ``labels``: modalities whose labels are wanted back; ``tokens``: to tokenize. ``task`` is what the journal calls
+        it. ``alone``: while no other call is under way, so that whatever ends the process is the fault of this one.
 
         What a labeler or codec raises fails its modality and those that need it, no other. I/O errors and memory that
         runs out are no fault of the rows: they are raised.
         """
         self.ready()
+        with self._place(alone):
+            return self._process(batch, labels, tokens, task or batch.name)
+
+    @contextmanager
+    def _place(self, alone: bool) -> Iterator[None]:
+        count = self._calls if alone else 1
+        with self._alone if alone else nullcontext():
+            for _ in range(count):
+                self._places.acquire()
+        try:
+            yield
+        finally:
+            self._places.release(count)
+
+    def _process(
+        self, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], task: str
+    ) -> MicroResult:
         result = MicroResult()
-        if self._ended is not None:
-            result.seconds["starved"] = time.perf_counter() - self._ended
         made: dict[str, list[Label]] = {}
         for name in self._needed(batch, {*labels, *tokens}):
             wanted = self._group[name]
@@ -100,15 +133,13 @@ class Specialist:
             if upstream is not None and name not in batch.given:
                 result.failed[name] = result.failed[upstream]
                 continue
-            with self._guarded(name, task or batch.name, result, "forward"):
-                made[name] = (
-                    list(batch.given[name]) if name in batch.given else self._label(wanted, batch, made)
-                )
+            with self._guarded(name, task, result, "forward"):
+                given = batch.given.get(name)
+                made[name] = self._label(wanted, batch, made, result) if given is None else list(given)
             if name in tokens and name in made:
-                with self._guarded(name, task or batch.name, result, "tokenize"):
+                with self._guarded(name, task, result, "tokenize"):
                     result.values[name] = self._tokenize(wanted, batch, made[name])
         result.labels = {name: made[name] for name in labels if name not in result.failed}
-        self._ended = time.perf_counter()
         return result
 
     def _needed(self, batch: MicroBatch, names: set[str]) -> list[str]:
@@ -145,7 +176,21 @@ class Specialist:
 
     # -- labels ---------------------------------------------------------------------------------------
 
-    def _label(self, wanted: Wanted, batch: MicroBatch, made: Mapping[str, list[Label]]) -> list[Label]:
+    @contextmanager
+    def _turn(self, result: MicroResult) -> Iterator[None]:
+        """The networks' turn of this call. How long they had nothing to do before it is noted, as `starved`."""
+        with self._network:
+            if self._ended is not None:
+                idle = time.perf_counter() - self._ended
+                result.seconds["starved"] = result.seconds.get("starved", 0.0) + idle
+            try:
+                yield
+            finally:
+                self._ended = time.perf_counter()
+
+    def _label(
+        self, wanted: Wanted, batch: MicroBatch, made: Mapping[str, list[Label]], result: MicroResult
+    ) -> list[Label]:
         """One label per row; for a labeler that sees crops, an array with a leading crop axis."""
         if wanted.settings is None:
             return _from_source(wanted.modality, batch)
@@ -164,9 +209,10 @@ class Specialist:
         n_crops = batch.crops.shape[1] if wanted.sees_crops else 1
         out: list[Label] = []
         for start in range(0, len(batch.frames), size):
-            out.extend(
-                labeler.label(_part(whole, start, size))[: min(size, len(batch.frames) - start) * n_crops]
-            )
+            part = _part(whole, start, size)
+            with self._turn(result):
+                labels = labeler.label(part)
+            out.extend(labels[: min(size, len(batch.frames) - start) * n_crops])
         if len(out) != len(batch.frames) * n_crops:
             raise ContractError(
                 f"labeler {wanted.labeler!r} returned {len(out)} labels for {len(batch.frames) * n_crops} inputs"

@@ -103,7 +103,9 @@ def run_jobs_here(resolved: Resolved, plan: Plan, on_progress: Callable[[int, in
         for g in resolved.groups()
     ]
 
-    def submit(group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> Call:
+    def submit(
+        group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], alone: bool = False
+    ) -> Call:
         made = specialists[group].process(batch, labels, tokens)
         return Call(lambda: made)
 

@@ -75,13 +75,18 @@ class EngineConfig(_Section):
     groups: list[list[str]] = []  # modalities that share one actor; default: all together
     replicas: int | None = Field(default=None, ge=1)  # actors per group; default: one per GPU, or per core
     gpus_per_actor: float = Field(default=1, ge=0)
+    # micro-batches that an actor has in work: with 2, one runs its networks while labels of the other are tokenized; what is
+    # done twice when an actor dies doubles too
+    calls_per_actor: int = Field(default=1, ge=1, le=8)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: int = Field(default=16, ge=1, le=4096)  # rows in a micro-batch
     single_writer: bool = False
     inflight_mb: int = Field(default=256, ge=1)  # pixels that a runner has decoded ahead of its specialists
     batch_deadline_s: float = Field(default=600, gt=0)  # a micro-batch that takes longer hangs
     drain_s: float = Field(default=30, ge=0)  # after SIGTERM, for shards under way to finish
-    straggler_s: float = Field(default=30, ge=0)  # no shard is given to a second runner before it has run so long
+    straggler_s: float = Field(
+        default=30, ge=0
+    )  # no shard is given to a second runner before it has run so long
     max_attempts: int = Field(default=3, ge=1)  # of a shard before it is parked
     max_absent_share: float = Field(default=0.05, ge=0, le=1)
     max_absent_rows: int = Field(default=10, ge=0)  # so small shards are not parked for a row or two

@@ -42,7 +42,9 @@ def run_here(resolved: Resolved, plan: Plan, on_progress: OnProgress) -> EngineR
     config = resolved.config
     hosts = [Specialist(config.dataset, group, config.image_size, "cpu") for group in groups]
 
-    def submit(group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str]) -> Call:
+    def submit(
+        group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], alone: bool = False
+    ) -> Call:
         result = hosts[group].process(batch, labels, tokens)
         return Call(lambda: result)
 

@@ -318,6 +318,7 @@ with ray_session(config):
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_labeler_of_somebody_else_that_fails(tmp_path: Path) -> None:
     """Found by its entry point; its error parks one shard, and once it is mended the next run finishes."""
     packages = tmp_path / "packages"
