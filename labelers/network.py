@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 
-from fourmill.checkpoints import Checkpoint, read_json
+from fourmill.checkpoints import Checkpoint, fetch, read_json
 from fourmill.errors import CheckpointError, ConfigError, nearest
 from fourmill.labelers.base import LabelBatch, Labeler, LabelerSettings
 from fourmill.labelers.letterbox import Placement, letterbox
@@ -100,13 +100,14 @@ def load_pretrained(
     import transformers
     from safetensors import SafetensorError
 
-    arguments: dict[str, Any] = {**checkpoint.kwargs(), "use_safetensors": True, "dtype": torch.float32}
+    local = fetch(checkpoint, where)
+    arguments: dict[str, Any] = {**local.kwargs(), "use_safetensors": True, "dtype": torch.float32}
     if attention != "auto":
         arguments["attn_implementation"] = attention
     try:
         with _quiet():
             network, info = getattr(transformers, auto_class).from_pretrained(
-                checkpoint.source, output_loading_info=True, **arguments
+                local.source, output_loading_info=True, **arguments
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -208,6 +209,7 @@ class NetworkLabeler(Labeler):
     def load(self) -> None:
         config = self.config()
         where, checkpoint = f"{self.where}.model", self.weights
+        fetch(checkpoint, where)  # whole, so that no file below is missing for want of a connection
         self.preprocessing = read_preprocessing(checkpoint, where)
         self.side = self._input_side(config)
         network = load_pretrained(

@@ -8,17 +8,29 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fourmill.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+    from huggingface_hub import DryRunFileInfo
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _IDENTITY_FILES = (".safetensors", ".json", ".txt", ".model")
 SHIPPED = "shipped:"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+#: one of these says how pixels are normalised; the first that a repository has is fetched
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+#: what an index may name: a file beside it. Whoever made the repository wrote these names.
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +108,224 @@ def _file_hash(file: str, size: int, modified_ns: int, inode: int) -> str:
 
 def read_json(checkpoint: Checkpoint, name: str, where: str) -> dict[str, Any]:
     """A JSON file of the checkpoint (from the hub's cache or the folder)."""
-    if checkpoint.folder is not None:
-        path = checkpoint.folder / name
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import logging as hub_logging
+    path = checkpoint.folder / name if checkpoint.folder is not None else _hub_file(checkpoint, name, where)
+    return _parse(path, where)
 
-        hub_logging.set_verbosity_error()  # the one line below says it all
-        try:
-            path = Path(hf_hub_download(checkpoint.source, name, revision=checkpoint.revision))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{where}: {checkpoint.source} is not in the local cache, and the hub does not give {name} "
-                f"({type(error).__name__}); check the connection, or give a checkpoint's folder"
-            ) from error
+
+def _parse(path: Path, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{where}: cannot read {path}: {error}") from error
-    return dict(content)
+
+
+# -- the hub ------------------------------------------------------------------------------------------
+
+
+def fetch(checkpoint: Checkpoint, where: str) -> Checkpoint:
+    """The checkpoint as a folder on this machine, with the identity that it had. A folder is returned as it is.
+
+    Of a hub id the files that a labeler needs are downloaded into the hub's cache: config.json, the
+    preprocessor's, and weights as safetensors, nothing else. A lock in that cache makes processes that want the
+    same commit wait for one of them to download it. What is in the cache needs no request and no lock.
+    ``where`` names the configuration key for `CheckpointError`: unknown repository or commit, no safetensors, no
+    network, a cache that cannot be written.
+    """
+    if checkpoint.folder is not None:
+        return checkpoint
+    folder = _cached_snapshot(checkpoint, where)
+    if folder is None:
+        with _hub_errors(checkpoint, where), _lock(checkpoint):
+            folder = _cached_snapshot(checkpoint, where) or _download_snapshot(checkpoint, where)
+    return Checkpoint(str(folder), None, checkpoint.identity)
+
+
+def _hub_file(checkpoint: Checkpoint, name: str, where: str) -> Path:
+    """One file of a hub checkpoint, from the cache if it is there."""
+    known, path = _in_cache(checkpoint, name)
+    if not known:
+        with _hub_errors(checkpoint, where), _lock(checkpoint):
+            known, path = _in_cache(checkpoint, name)
+            if not known:
+                _knock(checkpoint, name)
+                path = _download(checkpoint, name)
+    if path is None:
+        raise _lacks(checkpoint, name, where)
+    return path
+
+
+def _in_cache(checkpoint: Checkpoint, name: str) -> tuple[bool, Path | None]:
+    """Whether the cache knows this file, and where it lies: (True, None) says that the repository lacks it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(checkpoint.source, name, revision=checkpoint.revision)
+    except (OSError, ValueError):  # an unreadable cache or no id at all: the download will say so
+        return False, None
+    return found is not None, Path(found) if isinstance(found, str) else None
+
+
+def _cached_snapshot(checkpoint: Checkpoint, where: str) -> Path | None:
+    """The cache's folder of this commit, if nothing that a labeler needs is missing."""
+    _, config = _in_cache(checkpoint, CONFIG)
+    first, *others = (_in_cache(checkpoint, name) for name in PREPROCESSORS)
+    if config is None or not (first[1] or (first[0] and all(known for known, _ in others))):
+        return None
+    if _in_cache(checkpoint, WEIGHTS)[1] is None:
+        _, index = _in_cache(checkpoint, INDEX)
+        shards = [] if index is None else _shards(index, checkpoint, where)
+        if not shards or any(_in_cache(checkpoint, name)[1] is None for name in shards):
+            return None
+    return config.parent
+
+
+def _download_snapshot(checkpoint: Checkpoint, where: str) -> Path:
+    """Weights come last, so that whatever ends this early leaves a snapshot that shows it is not whole."""
+    _knock(checkpoint, CONFIG)
+    config = _download(checkpoint, CONFIG)
+    if config is None:
+        raise _lacks(checkpoint, CONFIG, where)
+    for name in PREPROCESSORS:
+        if _download(checkpoint, name) is not None:
+            break
+    whole = _look_up(checkpoint, WEIGHTS)
+    wanted = {WEIGHTS: whole}
+    if whole is None:
+        index = _download(checkpoint, INDEX)
+        if index is None:
+            raise CheckpointError(
+                f"{where}: {checkpoint.source} has no {WEIGHTS} at commit {checkpoint.revision}, and no other format "
+                "is loaded; choose a commit that has it, or convert the network and give its folder"
+            )
+        wanted = {name: _look_up(checkpoint, name) for name in _shards(index, checkpoint, where)}
+    sizes = [file.file_size if file.will_download else 0 for file in wanted.values() if file is not None]
+    print(f"fetching {checkpoint.source}{_megabytes(sizes)}", file=sys.stderr, flush=True)
+    for name, file in wanted.items():
+        if file is None or _download(checkpoint, name) is None:
+            raise _lacks(checkpoint, name, where)
+    return config.parent
+
+
+def _megabytes(sizes: list[int | None]) -> str:
+    known = [size for size in sizes if size is not None]
+    return f" ({sum(known) / 1e6:.1f} MB)" if len(known) == len(sizes) else ""
+
+
+def _shards(index: Path, checkpoint: Checkpoint, where: str) -> list[str]:
+    """The files that an index names, once each; any name that is not one of a file beside it is refused."""
+    weights = _parse(index, where).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError(
+            f"{where}: {INDEX} of {checkpoint.source} names no weights; choose another commit"
+        )
+    for name in weights.values():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name) or ".." in name:
+            raise CheckpointError(
+                f"{where}: {INDEX} of {checkpoint.source} names {str(name)[:80]!r}, which is no safetensors file "
+                "beside it; do not use this repository"
+            )
+    return sorted(set(weights.values()))
+
+
+def _lock(checkpoint: Checkpoint) -> BaseFileLock:
+    """Released by the system when its holder dies."""
+    from filelock import FileLock
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / ".locks" / f"models--{checkpoint.source.replace('/', '--')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"fourmill-{checkpoint.revision}.lock")
+
+
+def _knock(checkpoint: Checkpoint, name: str) -> None:
+    """Fail at once where nobody answers: the library's downloads would try for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(checkpoint.source, name, revision=checkpoint.revision))
+    except HfHubHTTPError:  # somebody answers; the download retries what may pass, and says what does not
+        return
+
+
+def _look_up(checkpoint: Checkpoint, name: str) -> DryRunFileInfo | None:
+    """Size and state of a file without downloading it; None if the repository lacks it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        return hf_hub_download(checkpoint.source, name, revision=checkpoint.revision, dry_run=True)
+    except RemoteEntryNotFoundError:
+        return None
+
+
+def _download(checkpoint: Checkpoint, name: str) -> Path | None:
+    """A file in the cache's folder of this commit; None if the repository lacks it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import FileMetadataError, RemoteEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(checkpoint.source, name, revision=checkpoint.revision))
+    except RemoteEntryNotFoundError:
+        return None
+    if path.parent.name != checkpoint.revision:
+        raise FileMetadataError(f"it answers with commit {path.parent.name} for {checkpoint.revision}")
+    return path
+
+
+def _lacks(checkpoint: Checkpoint, name: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: {checkpoint.source} has no {name} at commit {checkpoint.revision}; choose another commit, or give "
+        "a checkpoint's folder"
+    )
+
+
+@contextmanager
+def _hub_errors(checkpoint: Checkpoint, where: str) -> Iterator[None]:
+    """What the hub's library raises, as one line; its own log and progress bars are off meanwhile."""
+    from huggingface_hub import utils
+
+    level, bars = utils.logging.get_verbosity(), not utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity_error()
+    utils.disable_progress_bars()
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # its HTTP client's errors have no base that we could name: which client it is depends on the version
+        raise CheckpointError(f"{where}: {_explain(error, checkpoint)}") from error
+    finally:
+        utils.logging.set_verbosity(level)
+        if bars:
+            utils.enable_progress_bars()
+
+
+def _explain(error: Exception, checkpoint: Checkpoint) -> str:
+    from huggingface_hub import constants, errors
+
+    hub_id, cause = checkpoint.source, error.__cause__ or error
+    reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{hub_id} is gated; accept its terms at {constants.ENDPOINT}/{hub_id} and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no {hub_id} that you may read; check the id, or set HF_TOKEN if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{hub_id} has no commit {checkpoint.revision}; set `revision:` to one that its page lists"
+    if isinstance(error, errors.HFValidationError):
+        return f"{hub_id!r} is no hub id; give ORG/NAME or a checkpoint's folder"
+    if isinstance(error, (errors.HfHubHTTPError, errors.FileMetadataError)):
+        return (
+            f"the hub at {constants.ENDPOINT} does not give {hub_id} ({reason}); try later, or give a folder"
+        )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return (
+            f"{hub_id} is not in the local cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it; "
+            "unset it, set HF_HOME to a cache that has it, or give a checkpoint's folder"
+        )
+    if isinstance(error, OSError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"cannot fetch {hub_id} into {constants.HF_HUB_CACHE} ({reason}); free space there, or set HF_HOME"
+    return (
+        f"{hub_id} is not in the local cache ({constants.HF_HUB_CACHE}), and the hub at {constants.ENDPOINT} cannot be "
+        f"reached ({reason}); check the connection, set HF_HOME to a cache that has it, or give a checkpoint's folder"
+    )
