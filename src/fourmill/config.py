@@ -81,7 +81,7 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: int = Field(default=16, ge=1, le=4096)  # rows in a micro-batch
     single_writer: bool = False
-    inflight_mb: int = Field(default=256, ge=1)  # pixels that a runner has decoded ahead of its specialists
+    inflight_mb: int = Field(default=128, ge=1)  # pixels that a runner has decoded ahead of its specialists
     batch_deadline_s: float = Field(default=600, gt=0)  # a micro-batch that takes longer hangs
     drain_s: float = Field(default=30, ge=0)  # after SIGTERM, for shards under way to finish
     straggler_s: float = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -25,7 +26,8 @@ class Registry(Generic[T]):
         self._package = package
         self._group = group
         self._known: dict[str, type[T]] = {}
-        self._scanned = False
+        self._scanned = self._scanning = False
+        self._lock = threading.RLock()
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         def add(cls: type[T]) -> type[T]:
@@ -41,17 +43,23 @@ class Registry(Generic[T]):
         return add
 
     def _scan(self) -> None:
-        if self._scanned:
-            return
-        self._scanned = True
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            if not module.name.startswith("_"):
-                importlib.import_module(f"{self._package}.{module.name}")
-        for entry in entry_points(group=self._group) if self._group else ():
-            loaded = entry.load()
-            if entry.name not in self._known and isinstance(loaded, type):
-                self._known[entry.name] = loaded
+        """Import every plug-in there is, once; where one of them cannot be imported, each look-up says so again."""
+        with self._lock:
+            if self._scanned or self._scanning:
+                return
+            self._scanning = True  # a plug-in's module may look others up while it is imported
+            try:
+                package = importlib.import_module(self._package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    if not module.name.startswith("_"):
+                        importlib.import_module(f"{self._package}.{module.name}")
+                for entry in entry_points(group=self._group) if self._group else ():
+                    loaded = entry.load()
+                    if entry.name not in self._known and isinstance(loaded, type):
+                        self._known[entry.name] = loaded
+                self._scanned = True
+            finally:
+                self._scanning = False
 
     def get(self, name: str) -> type[T]:
         self._scan()
