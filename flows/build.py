@@ -179,7 +179,10 @@ def _run(
     for (column, shard), why in report.parked.items():
         recipe = resolved.samples_recipe if column == SAMPLES else recipes.get(column)
         recipe = recipe or resolved.wanted[column].label_recipe
-        dataset.park(column, recipe.short, shard, attempt, why)
+        try:
+            dataset.park(column, recipe.short, shard, attempt, why)
+        except OSError as error:  # it is missing all the same, and this run says so at its end
+            say(f"{column} shard {shard}: parked, but the dataset cannot be written to ({error})")
     total.rows += report.rows
     total.parked |= report.parked
     for phase, seconds in report.seconds.items():

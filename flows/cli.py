@@ -356,6 +356,11 @@ def main() -> None:
     except FourmillError as error:
         errors.print(f"fourmill: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(error.exit_code)
+    except (
+        OSError
+    ) as error:  # a disk that is full, a folder that may not be written to, a store that does not answer
+        errors.print(f"fourmill: {type(error).__name__}: {error}", style="red", soft_wrap=True, markup=False)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(_stopped())
     except SystemExit as leaving:

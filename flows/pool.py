@@ -198,6 +198,8 @@ class Cell:
         """Look which specialists are ready; one that died is asked again. Raises what loading raised."""
         import ray
 
+        if not self.loading:
+            return True
         done, _ = ray.wait(list(self.loading), num_returns=len(self.loading), timeout=wait_s)
         for answer in done:
             specialist = self.loading.pop(answer)
@@ -226,6 +228,7 @@ class Pool:
         self._token = secrets.token_hex(8)
         self._folder = str(Path(tempfile.gettempdir()) / f"fourmill-{self._token}")
         self._cells: dict[str, Cell] = {}
+        self._left_out: set[str] = set()  # nodes whose specialists could not load their networks
         self.grow()
         if not self._cells:
             raise ConfigError(self._no_room())
@@ -240,7 +243,7 @@ class Pool:
             del self._cells[node]
         for node, resources in alive.items():
             replicas = self._replicas(resources)
-            if node not in self._cells and replicas:
+            if node not in self._cells and node not in self._left_out and replicas:
                 self._cells[node] = self._start_cell(node, resources, replicas)
 
     def arrivals(self) -> list[Any]:
@@ -253,7 +256,8 @@ class Pool:
                         new += self._start_runners(cell)
                 except FourmillError as error:  # the others go on without this node
                     say(f"node {node[:8]} is left out: {error}")
-                    del self._cells[node]
+                    self._kill(self._cells.pop(node))
+                    self._left_out.add(node)
         return new
 
     def node_is_alive(self, runner: Any) -> bool:
@@ -270,9 +274,16 @@ class Pool:
         runners = [runner for cell in self._cells.values() for runner in cell.runners]
         if runners:
             ray.wait([runner.clear_notes.remote() for runner in runners], num_returns=len(runners), timeout=1)
-        for actor in [*runners, *(a for cell in self._cells.values() for a in cell.specialists)]:
-            ray.kill(actor)
+        for cell in self._cells.values():
+            self._kill(cell)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @staticmethod
+    def _kill(cell: Cell) -> None:
+        import ray
+
+        for actor in [*cell.runners, *cell.specialists]:
+            ray.kill(actor)
 
     # -- actors ---------------------------------------------------------------------------------------
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import resource
 import secrets
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 from small_builds import (
     ORACLES,
     data_files,
+    environment,
     family,
     kill_all,
     receipts,
@@ -169,6 +173,28 @@ def test_temporary_files_are_no_data(tmp_path: Path) -> None:
     for path in left:
         folder = str(path.parent.relative_to(url))
         assert not any(name.startswith(".") for name in dataset.store.names(folder))
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """Files of more than 3,000 bytes cannot be written: one line, no half file, and later the run finishes."""
+    names = ("det", "rgb_pixels")
+    expected, _ = uninterrupted(names, 5, 9)
+    url = tmp_path / "ds"
+    content = small_content(url, {n: FITTED[n] for n in names}, shard_size=5, count=9)
+    config = write_config(tmp_path / "c.yaml", content)
+    script = Path(__file__).parents[1] / "small_builds.py"
+    command: list[str | Path] = [sys.executable, script, "build", config, "--no-prefect"]
+    limit = 3000
+    full = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert full.returncode == 1, full.stderr
+    assert full.stderr.count("\n") == 1 and "OSError" in full.stderr and "File too large" in full.stderr
+    assert not list(url.rglob(".*.tmp"))
+    with without_ray():
+        build(small_config(url, {n: FITTED[n] for n in names}, shard_size=5, count=9))
+    assert_same_dataset(url, expected)
 
 
 # -- real processes, really killed --------------------------------------------------------------------
