@@ -206,7 +206,21 @@ def _finish(
         raise WorkMissing(
             f"{stale} column shards are stale (another recipe made them); --redo-stale makes them again"
         )
+    pending = 0 if options.fit_only else _pending(resolved, dataset, options, shards)
+    if pending:  # nobody gave them up, and yet they are not there: never end as if all were well
+        raise WorkMissing(f"{pending} column shards are still to be made; the same command goes on")
     return result
+
+
+def _pending(resolved: Resolved, dataset: Dataset, options: BuildOptions, shards: Sequence[int]) -> int:
+    """How many column shards this run was to finish and did not, by their receipts."""
+    if options.only_labels is not None:
+        recipes = {name: resolved.wanted[name].label_recipe for name in options.only_labels}
+    else:
+        asked = options.only_tokens
+        recipes = {n: r for n, r in resolved.token_recipes().items() if asked is None or n in asked}
+    listings = dataset.listings(recipes)
+    return sum(len(set(shards) - listings[name].finished(recipe.short)) for name, recipe in recipes.items())
 
 
 def _stale(resolved: Resolved, dataset: Dataset, found: Status, shards: Sequence[int]) -> int:

@@ -134,8 +134,8 @@ class Runner:
         tokens = {
             name: recipe.short for name, recipe in resolved.token_recipes().items() if name in job.tokens
         }
-        missing = job.retry or tuple(
-            n for n in job.tokens if not dataset.is_finished(n, tokens[n], job.shard)
+        missing = tuple(
+            n for n in job.tokens if n in job.retry or not dataset.is_finished(n, tokens[n], job.shard)
         )
         labels = tuple(
             n for n in job.labels

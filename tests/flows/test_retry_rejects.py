@@ -104,6 +104,27 @@ def test_null_cells_alone_are_made_again(
         )
 
 
+def test_beside_a_modality_that_is_missing(
+    tmp_path: Path, modalities: dict[str, Any], sick: dict[int, str]
+) -> None:
+    """One job makes a new column whole, and of an old one the null cells alone."""
+    url, whole = tmp_path / "ds", tmp_path / "whole"
+    sick |= {1: "depth hung"}
+    with without_ray():
+        build(small_config(url, {"depth": modalities["depth"]}, count=12, engine=ENGINE))
+        sick.clear()
+        config = small_config(url, modalities, count=12, engine=ENGINE)
+        assert build(config, BuildOptions(retry_rejects=True)).status.complete
+        build(small_config(whole, modalities, count=12, engine=ENGINE))
+    dataset = Dataset(str(url))
+    assert reasons(url) == {}
+    for name in NAMES:
+        (short,) = dataset.recipes(name)
+        for shard in range(3):
+            file = dataset.receipt(name, short, shard).file
+            assert (url / file).read_bytes() == (whole / file).read_bytes()
+
+
 def test_in_vain_nothing_changes(tmp_path: Path, modalities: dict[str, Any], sick: dict[int, str]) -> None:
     url = tmp_path / "ds"
     config = small_config(url, modalities, count=12, engine=ENGINE)
