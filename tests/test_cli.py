@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,10 @@ def test_overrides_reach_everything() -> None:
     assert config.modalities["depth"].keep_labels
     assert config.modalities["depth"].tokenizer.model == "shipped:scenes/depth", "the rest stays"
     assert config.modalities["extra"].options == {}
+
+
+def test_a_configuration_survives_being_written_down() -> None:
+    """As JSON and back, as flows get it: the same values and types, so that the same hashes come of them."""
+    config = load_config("demo")
+    again = type(config).model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert json.dumps(again.model_dump(mode="json")) == json.dumps(config.model_dump(mode="json"))

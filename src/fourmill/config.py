@@ -62,7 +62,7 @@ class FitConfig(_Section):
     """How tokenizers that are fitted here are fitted."""
 
     samples: int = Field(default=100_000, ge=1)  # whole shards are taken until there are this many
-    minutes: float = Field(default=0, ge=0)  # 0: until `steps`
+    minutes: float = Field(default=0.0, ge=0)  # 0: until `steps`
     steps: int = Field(default=20_000, ge=1)
     preset: str = "4m"
     batch_size: int = Field(default=64, ge=1)
@@ -74,7 +74,7 @@ class EngineConfig(_Section):
     address: str | None = None  # a Ray cluster ("auto", "ray://..."); None: a local one for this run
     groups: list[list[str]] = []  # modalities that share one actor; default: all together
     replicas: int | None = Field(default=None, ge=1)  # actors per group; default: one per GPU, or per core
-    gpus_per_actor: float = Field(default=1, ge=0)
+    gpus_per_actor: float = Field(default=1.0, ge=0)
     # micro-batches that an actor has in work: with 2, one runs its networks while labels of the other are tokenized; what is
     # done twice when an actor dies doubles too
     calls_per_actor: int = Field(default=1, ge=1, le=8)
@@ -82,8 +82,8 @@ class EngineConfig(_Section):
     batch_size: int = Field(default=16, ge=1, le=4096)  # rows in a micro-batch
     single_writer: bool = False
     inflight_mb: int = Field(default=128, ge=1)  # pixels that a runner has decoded ahead of its specialists
-    batch_deadline_s: float = Field(default=600, gt=0)  # a micro-batch that takes longer hangs
-    drain_s: float = Field(default=30, ge=0)  # after SIGTERM, for shards under way to finish
+    batch_deadline_s: float = Field(default=600.0, gt=0)  # a micro-batch that takes longer hangs
+    drain_s: float = Field(default=30.0, ge=0)  # after SIGTERM, for shards under way to finish
     straggler_s: float = Field(
         default=30, ge=0
     )  # no shard is given to a second runner before it has run so long
