@@ -79,7 +79,7 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
             resolved = resolve(config)
         shards: list[int] = []
         if not options.fit_only:
-            plan = _plan(resolved, dataset, options)
+            plan = plan_of(resolved, dataset, options)
             shards = [shard for shard in plan.shards if in_slice(shard, options.slice)]
             _remember_run(dataset, resolved, plan, _asked(resolved, options))
             _say_plan(plan)
@@ -113,7 +113,7 @@ def _check_storage(config: Config) -> None:
     )
 
 
-def _plan(resolved: Resolved, dataset: Dataset, options: BuildOptions) -> Plan:
+def plan_of(resolved: Resolved, dataset: Dataset | None, options: BuildOptions) -> Plan:
     """Of all shards, with the jobs of this slice."""
     plan = make_plan(
         resolved,
@@ -140,7 +140,7 @@ def _fit(
     resolved: Resolved, dataset: Dataset, options: BuildOptions, stage: Stage, total: EngineReport
 ) -> None:
     """Label the fit set, keep those labels, and fit the tokenizers that are missing."""
-    whole = _plan(resolved, dataset, options)
+    whole = plan_of(resolved, dataset, options)
     chosen = fit_shards(resolved, whole.shards)
     names = tuple(n for n in resolved.unfitted() if needs_labels(resolved.wanted[n]))
     plan = make_plan(resolved, dataset, only_labels=names, only_tokens=(), only_shards=chosen)

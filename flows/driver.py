@@ -60,9 +60,8 @@ class Driver:
         self._left = {job.shard for job in jobs}
         self._idle: list[Any] = []
         self._running: dict[Any, Run] = {}  # what it will report -> run
-        self._reviving: dict[
-            Any, tuple[Any, Job]
-        ] = {}  # what it will answer once it is back -> (runner, its job)
+        # what it will answer once it is back -> (runner, its job)
+        self._reviving: dict[Any, tuple[Any, Job]] = {}
         self._attempts: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
         self._durations: list[float] = []  # of finished shards, in s

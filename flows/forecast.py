@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fourmill.errors import ConfigError
-from fourmill.flows.build import BuildOptions
+from fourmill.flows.build import BuildOptions, plan_of
 from fourmill.flows.fitting import needs_labels
-from fourmill.flows.plan import Job, Plan, fit_shards, make_plan, why_stale
+from fourmill.flows.plan import Job, Plan, fit_shards, why_stale
 from fourmill.flows.resolve import Resolved
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Recipe
@@ -73,25 +73,13 @@ def open_dataset(resolved: Resolved) -> Dataset | None:
         dataset = Dataset(resolved.config.dataset)
     except ConfigError:
         return None
-    for key, value in resolved.identity.items():
-        if dataset.identity.get(key) != value:
-            raise ConfigError(
-                f"{dataset.url} was built with {key} = {dataset.identity.get(key)!r}, the configuration says {value!r}; "
-                "that can't change: choose another `dataset:` or restore the value"
-            )
+    dataset.check_identity(resolved.identity)
     return dataset
 
 
 def forecast(resolved: Resolved, dataset: Dataset | None, options: BuildOptions) -> Forecast:
     """What `build` with these options would do. Raises what `build` would refuse."""
-    plan = make_plan(
-        resolved,
-        dataset,
-        limit=options.limit,
-        shard_range=options.shards,
-        redo_stale=options.redo_stale,
-        retry_rejects=options.retry_rejects,
-    )
+    plan = plan_of(resolved, dataset, options)
     works = {name: _standing(resolved, dataset, plan, name) for name in resolved.wanted}
     kept = _kept(resolved, dataset)
     fit, jobs = _jobs(resolved, plan, options, kept)

@@ -56,9 +56,8 @@ class Specialist:
         self._codecs: dict[str, Codec] = {}
         self._journal = Journal(Path(journal[0]), journal[1]) if journal else None
         self._loading = threading.Lock()
-        self._network = (
-            threading.Lock()
-        )  # one forward pass at a time: what is around it overlaps with another's
+        # one forward pass at a time: what is around it overlaps with another's
+        self._network = threading.Lock()
         self._ended: float | None = None  # when the last forward pass was done
         self._calls, self._places = calls, threading.Semaphore(calls)
         self._alone = threading.Lock()

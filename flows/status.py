@@ -18,9 +18,8 @@ from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
 from fourmill.shards.samples import DUPLICATE, NO_CAPTION
 
-_Loader: Any = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # written in C: a run of 12,000 shards is a long file
+#: the safe one, where there is one written in C: a run of 12,000 shards is a long file
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)

@@ -99,14 +99,18 @@ class Dataset:
         if store.read_if_exists("dataset.yaml") is None:
             store.put_if_absent("dataset.yaml", raw)
         dataset = cls(url)
+        dataset.check_identity(identity)
+        return dataset
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """ConfigError where the dataset was built otherwise."""
         for key, value in {"format": FORMAT, **identity}.items():
-            there = dataset.identity.get(key)
+            there = self.identity.get(key)
             if there != value:
                 raise ConfigError(
-                    f"{url} was built with {key} = {json.dumps(there)}, the configuration says {json.dumps(value)}; "
-                    "that can't change: choose another `dataset:` or restore the value"
+                    f"{self.url} was built with {key} = {json.dumps(there)}, the configuration says "
+                    f"{json.dumps(value)}; that can't change: choose another `dataset:` or restore the value"
                 )
-        return dataset
 
     # -- recipes and receipts -------------------------------------------------------------------------
 

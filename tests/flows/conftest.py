@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -12,15 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from photographs import Photo, encoded, original, photographs
+from small_builds import without_ray
 
 from fourmill.config import Config, load_config
 from fourmill.flows.build import build
-from fourmill.flows.engine import EngineReport, OnProgress, ray_session
-from fourmill.flows.micro_batch import MicroBatch
-from fourmill.flows.plan import Plan
-from fourmill.flows.resolve import Resolved, resolve
-from fourmill.flows.runner import Call, Runner
-from fourmill.flows.specialist import Specialist
+from fourmill.flows.engine import ray_session
+from fourmill.flows.resolve import resolve
 from fourmill.seeds import key64, split_of
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.snapshot import Snapshot
@@ -36,30 +33,9 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_here(resolved: Resolved, plan: Plan, on_progress: OnProgress) -> EngineReport:
-    """`run_jobs` in this process: the same runner and specialists, without the seconds that Ray takes to start."""
-    groups = [[resolved.wanted[n] for n in resolved.closure(group)] for group in resolved.groups()]
-    config = resolved.config
-    hosts = [Specialist(config.dataset, group, config.image_size, "cpu") for group in groups]
-
-    def submit(
-        group: int, batch: MicroBatch, labels: Sequence[str], tokens: Sequence[str], alone: bool = False
-    ) -> Call:
-        result = hosts[group].process(batch, labels, tokens)
-        return Call(lambda: result)
-
-    runner = Runner(config, resolved.wanted, submit, hosts[0].ready(), plan.listing)
-    report = EngineReport()
-    for job in plan.jobs:
-        report.add(runner.run(job))
-        on_progress(report.rows, sum(plan.shards.values()))
-    return report
-
-
 def build_here(config: Config) -> None:
     """Build, without Ray; does nothing where it is done."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fourmill.flows.build.run_jobs", run_here)
+    with without_ray():
         build(config)
 
 
