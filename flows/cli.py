@@ -9,8 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from fourmill.errors import ConfigError, FourmillError
+from fourmill.errors import FourmillError
+from fourmill.flows import cli_datasets, cli_labelers
 from fourmill.flows.arguments import known_names, reasons, shard_range, slice_of, with_optional_values
+from fourmill.flows.options import (
+    ConfigName,
+    Limit,
+    Modalities,
+    NoPrefect,
+    Overrides,
+    RedoStale,
+    RetryRejects,
+    Shards,
+)  # fmt: skip
 from fourmill.flows.progress import console, errors
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -22,34 +33,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ConfigName = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped one by name: demo, photos, cc12m")
-]
-DatasetUrl = Annotated[
-    str, typer.Argument(metavar="DATASET", help="where a dataset was built: a folder or any fsspec URL")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key; may be repeated")
-]
-NoPrefect = Annotated[bool, typer.Option("--no-prefect", help="run without any Prefect server")]
-Modalities = Annotated[
-    list[str] | None, typer.Option("--modality", "-m", help="only this modality; may be repeated")
-]
-Limit = Annotated[
-    int | None, typer.Option(min=1, help="a pilot of the first N samples, rounded up to whole shards")
-]
-Shards = Annotated[str | None, typer.Option(metavar="A:B", help="a pilot of the shards A to B - 1")]
-RedoStale = Annotated[bool, typer.Option("--redo-stale", help="make again what another recipe made")]
-
-RetryRejects = Annotated[
-    str | None,
-    typer.Option(
-        "--retry-rejects",
-        metavar="[REASON]",
-        help="try null cells again: all, or those with this reason (see `fourmill status`)",
-    ),
-]
 
 
 @app.callback()
@@ -213,95 +196,6 @@ def train(
     console.print(f"step {result['step']}, loss {result['loss']:.4f}: {result['checkpoint']}", soft_wrap=True)
 
 
-@app.command(epilog="Example: [bold]fourmill status data/demo --watch[/bold]")
-def status(
-    dataset: DatasetUrl,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="rates and time left, live, until it is complete or Ctrl-C")
-    ] = False,
-) -> None:
-    """Where a dataset stands, from its receipts; with --watch how fast it grows, whoever builds it."""
-    if watch:
-        from fourmill.flows.watch_show import watch as watch_dataset
-
-        watch_dataset(dataset, as_json=as_json)
-        return
-    from fourmill.flows.status import status as read_status
-    from fourmill.flows.status import status_report
-    from fourmill.shards.dataset import Dataset
-
-    found = read_status(Dataset(dataset))
-    if as_json:
-        print(json.dumps(found.to_json()))
-    else:
-        console.print(status_report(found, dataset), soft_wrap=True)
-
-
-@app.command(epilog="Example: [bold]fourmill report data/demo --model runs/demo[/bold]")
-def report(
-    dataset: DatasetUrl,
-    model: Annotated[Path | None, typer.Option(help="a training run, to show what it predicts")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=64, help="held-out samples to show")] = 8,
-    metric_samples: Annotated[int, typer.Option(min=1, help="held-out samples to measure on")] = 128,
-) -> None:
-    """An HTML page with pictures: every link of the chain side by side, and a number for each."""
-    from fourmill.flows.demo import write_report
-
-    made = write_report(dataset, model, samples=samples, metric_samples=metric_samples)
-    console.print(f"report: {made.path}", soft_wrap=True)
-
-
-@app.command(epilog="Example: [bold]fourmill export data/demo exports/demo -m rgb -m depth -m caption[/bold]")
-def export(
-    dataset: DatasetUrl,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder or any fsspec URL")],
-    modality: Modalities = None,
-    split: Annotated[str, typer.Option(help="train or val")] = "train",
-    layout: Annotated[str, typer.Option("--format", help="webdataset, the only one")] = "webdataset",
-) -> None:
-    """Write finished shards as the WebDataset tars that the published 4M training code reads."""
-    from fourmill.flows.exporting import export_dataset
-
-    if layout != "webdataset":
-        raise ConfigError(f"--format {layout}: only webdataset is written")
-    done = export_dataset(dataset, out, modality, split)
-    console.print(f"{done.rows} samples in {done.shards} shards: {out}", soft_wrap=True)
-    for reason, rows in done.left_out.items():
-        console.print(f"  left out: {rows} ({reason})", markup=False)
-
-
-@app.command(epilog="Example: [bold]fourmill inspect data/demo --key 000007 --out looked[/bold]")
-def inspect(
-    target: Annotated[
-        str, typer.Argument(metavar="WHAT", help="a dataset, shard file, receipt, tokenizer or training run")
-    ],
-    key: Annotated[str | None, typer.Option(help="a sample of the dataset, by its key")] = None,
-    out: Annotated[Path | None, typer.Option(help="with --key: a folder for pictures of the sample")] = None,
-) -> None:
-    """Say what a file or folder of fourmill's is, and what is in it."""
-    from fourmill.flows.inspecting import describe
-
-    for part in describe(target, key=key, out=out):
-        console.print(part)
-
-
-@app.command(epilog="Example: [bold]fourmill gc data/demo --older-than 30d --delete[/bold]")
-def gc(
-    dataset: DatasetUrl,
-    delete: Annotated[
-        bool, typer.Option("--delete", help="remove it; without this nothing is touched")
-    ] = False,
-    older_than: Annotated[
-        str, typer.Option(metavar="AGE", help="only what is older, by the store's clock: 7d, 12h")
-    ] = "7d",
-) -> None:
-    """Show, or remove, what crashes and replaced work left: files that no receipt and no snapshot names."""
-    from fourmill.flows.cleaning import clean
-
-    console.print(clean(dataset, delete, older_than), soft_wrap=True)
-
-
 @app.command(epilog="Example: [bold]fourmill doctor configs/cc12m.yaml[/bold]")
 def doctor(config: ConfigName, overrides: Overrides = None) -> None:
     """Check disk, memory, versions, checkpoints, source and storage before a long run."""
@@ -347,6 +241,10 @@ def _show_tokenizers(url: str) -> None:
     for name in dataset.store.names("tokenizers"):
         for short in dataset.tokenizers(name):
             console.print(f"{url}/tokenizers/{name}/{short}", soft_wrap=True, highlight=False)
+
+
+app.add_typer(cli_datasets.app)
+app.add_typer(cli_labelers.app)
 
 
 def main() -> None:

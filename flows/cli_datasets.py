@@ -1,0 +1,104 @@
+"""Commands that look at a dataset that was built, or write it out; part of ``fourmill.flows.cli``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fourmill.errors import ConfigError
+from fourmill.flows.options import DatasetUrl, Modalities
+from fourmill.flows.progress import console
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: [bold]fourmill status data/demo --watch[/bold]")
+def status(
+    dataset: DatasetUrl,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="rates and time left, live, until it is complete or Ctrl-C")
+    ] = False,
+) -> None:
+    """Where a dataset stands, from its receipts; with --watch how fast it grows, whoever builds it."""
+    if watch:
+        from fourmill.flows.watch_show import watch as watch_dataset
+
+        watch_dataset(dataset, as_json=as_json)
+        return
+    from fourmill.flows.status import status as read_status
+    from fourmill.flows.status import status_report
+    from fourmill.shards.dataset import Dataset
+
+    found = read_status(Dataset(dataset))
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        console.print(status_report(found, dataset), soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]fourmill report data/demo --model runs/demo[/bold]")
+def report(
+    dataset: DatasetUrl,
+    model: Annotated[Path | None, typer.Option(help="a training run, to show what it predicts")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=64, help="held-out samples to show")] = 8,
+    metric_samples: Annotated[int, typer.Option(min=1, help="held-out samples to measure on")] = 128,
+) -> None:
+    """An HTML page with pictures: every link of the chain side by side, and a number for each."""
+    from fourmill.flows.demo import write_report
+
+    made = write_report(dataset, model, samples=samples, metric_samples=metric_samples)
+    console.print(f"report: {made.path}", soft_wrap=True)
+
+
+@app.command(epilog="Example: [bold]fourmill export data/demo exports/demo -m rgb -m depth -m caption[/bold]")
+def export(
+    dataset: DatasetUrl,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder or any fsspec URL")],
+    modality: Modalities = None,
+    split: Annotated[str, typer.Option(help="train or val")] = "train",
+    layout: Annotated[str, typer.Option("--format", help="webdataset, the only one")] = "webdataset",
+) -> None:
+    """Write finished shards as the WebDataset tars that the published 4M training code reads."""
+    from fourmill.flows.exporting import export_dataset
+
+    if layout != "webdataset":
+        raise ConfigError(f"--format {layout}: only webdataset is written")
+    done = export_dataset(dataset, out, modality, split)
+    console.print(f"{done.rows} samples in {done.shards} shards: {out}", soft_wrap=True)
+    for reason, rows in done.left_out.items():
+        console.print(f"  left out: {rows} ({reason})", markup=False)
+
+
+@app.command(epilog="Example: [bold]fourmill inspect data/demo --key 000007 --out looked[/bold]")
+def inspect(
+    target: Annotated[
+        str, typer.Argument(metavar="WHAT", help="a dataset, shard file, receipt, tokenizer or training run")
+    ],
+    key: Annotated[str | None, typer.Option(help="a sample of the dataset, by its key")] = None,
+    out: Annotated[Path | None, typer.Option(help="with --key: a folder for pictures of the sample")] = None,
+) -> None:
+    """Say what a file or folder of fourmill's is, and what is in it."""
+    from fourmill.flows.inspecting import describe
+
+    for part in describe(target, key=key, out=out):
+        console.print(part)
+
+
+@app.command(epilog="Example: [bold]fourmill gc data/demo --older-than 30d --delete[/bold]")
+def gc(
+    dataset: DatasetUrl,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="remove it; without this nothing is touched")
+    ] = False,
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="only what is older, by the store's clock: 7d, 12h")
+    ] = "7d",
+) -> None:
+    """Show, or remove, what crashes and replaced work left: files that no receipt and no snapshot names."""
+    from fourmill.flows.cleaning import clean
+
+    console.print(clean(dataset, delete, older_than), soft_wrap=True)
