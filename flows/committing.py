@@ -87,7 +87,10 @@ class Committer:
                 cells = _with_status(content.labels[name], status)
                 data = write_labels([row.key for row in rows], cells, wanted.modality)
                 folder = f"labels/{name}"
-                self._put_checked(shard, wanted.label_recipe, cells, folder, data, "tar", report, wanted)
+                epoch = content.labels_again.epochs.get(name, 0)
+                self._put_checked(
+                    shard, wanted.label_recipe, cells, folder, data, "tar", report, wanted, epoch
+                )
         for name, wanted in resolved.wanted.items():
             if name in content.values:
                 cells = _with_status(content.values[name], status)
@@ -95,7 +98,7 @@ class Committer:
                 assert recipe is not None
                 meta = {"recipe": recipe.hash, "tokenizer": wanted.tokenizer or ""}
                 data = write_table(column_table(wanted.modality, cells, resolved.config.n_crops, meta))
-                epoch = content.epochs.get(name, 0)
+                epoch = content.again.epochs.get(name, 0)
                 self._put_checked(
                     shard, recipe, cells, f"tokens/{name}", data, "arrow", report, wanted, epoch
                 )

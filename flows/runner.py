@@ -26,7 +26,7 @@ from fourmill.flows.micro_batch import MicroBatch, MicroResult
 from fourmill.flows.plan import Job
 from fourmill.flows.reading import Decoded, Reader, positions_of
 from fourmill.flows.resolve import Resolved, Wanted
-from fourmill.flows.shard_content import NOT_A_FAULT, ShardContent, check_unchanged
+from fourmill.flows.shard_content import NOT_A_FAULT, Again, ShardContent, check_unchanged
 from fourmill.labels import Absent, Label
 from fourmill.seeds import keys_digest
 from fourmill.shards.dataset import SAMPLES, Dataset
@@ -227,20 +227,40 @@ class Runner:
         return given
 
     def _load_retried(self, work: _Work) -> None:
-        """Begin with the cells that are there; of these columns only null ones (of the asked reason) are made again."""
-        content, recipes = work.content, self._resolved.token_recipes()
+        """Begin with the cells that are there; of these columns only null ones (of the asked reason) are made again.
+
+        A kept label that is null is tried again with its tokens: they may be made from it another time.
+        """
+        content, shard = work.content, work.job.shard
         for name in work.job.retry:
-            receipt = self._dataset.receipt(name, recipes[name].short, work.job.shard)
-            column = self._dataset.column(name, recipes[name].short, work.job.shard)
+            wanted = self._resolved.wanted[name]
+            recipe = wanted.token_recipe()
+            assert recipe is not None
+            column = self._dataset.column(name, recipe.short, shard)
             reasons, crops = column.reasons.to_pylist(), range(column.n_crops)
             content.values[name] = [
                 [column.cells(row, crop) for crop in crops] if reason is None else Absent(reason)
                 for row, reason in enumerate(reasons)
             ]
-            content.redo[name] = np.array([r is not None and work.job.reason in (None, r) for r in reasons])
-            content.epochs[name] = receipt.epoch + 1
+            self._again(content.again, name, recipe.short, work, reasons)
+            short = wanted.label_recipe.short
+            if self._dataset.is_finished(name, short, shard):
+                kept = read_labels(
+                    self._dataset.store.read(self._dataset.receipt(name, short, shard).file), wanted.modality
+                )
+                labels = [kept[row] for row in range(len(work.rows))]
+                absent = [label.reason if isinstance(label, Absent) else None for label in labels]
+                if any(absent):
+                    content.labels[name] = labels
+                    self._again(content.labels_again, name, short, work, absent)
         if set(content.absent) == set(work.job.retry):
-            work.redo = np.logical_or.reduce(list(content.redo.values()))
+            work.redo = np.logical_or.reduce(
+                [*content.again.redo.values(), *content.labels_again.redo.values()]
+            )
+
+    def _again(self, again: Again, name: str, short: str, work: _Work, reasons: Sequence[str | None]) -> None:
+        again.epochs[name] = self._dataset.receipt(name, short, work.job.shard).epoch + 1
+        again.redo[name] = np.array([r is not None and work.job.reason in (None, r) for r in reasons])
 
     # -- labelling -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,22 @@ from fourmill.shards.sources.base import Row
 NOT_A_FAULT = frozenset({NO_CAPTION, DUPLICATE})
 
 
+@dataclass
+class Again:
+    """Columns of which null cells alone are made again. ``epochs``: what they are committed under, by name."""
+
+    epochs: dict[str, int] = field(default_factory=dict)
+    redo: dict[str, np.ndarray] = field(default_factory=dict)  # bool (rows,): these cells are
+
+
 class ShardContent:
     """What was made of one shard so far, by row. Columns that were given up are gone."""
 
     def __init__(self, rows: int, job: Job) -> None:
         self.labels: dict[str, list[Label]] = {name: [Absent("not made")] * rows for name in job.labels}
         self.values: dict[str, list[Any]] = {name: [Absent("not made")] * rows for name in job.tokens}
-        self.epochs: dict[str, int] = {}  # of columns whose null cells are tried again, and
-        self.redo: dict[str, np.ndarray] = {}  # bool (rows,): the cells that are
+        self.again = Again()
+        self.labels_again = Again()
         self.samples: pa.Table = None
         self.absent: dict[str, Counter[str]] = {n: Counter() for n in [*job.labels, *job.tokens]}  # by reason
         self._decoded: list[tuple[Any, tuple[str, ...]]] = []
@@ -55,10 +64,13 @@ class ShardContent:
 
     def fill(self, start: int, result: MicroResult, rows: Sequence[int]) -> None:
         """Take over ``rows`` (within the micro-batch that begins at row ``start``) of what a specialist made."""
-        for target, made in ((self.labels, result.labels), (self.values, result.values)):
+        for target, made, again in (
+            (self.labels, result.labels, self.labels_again),
+            (self.values, result.values, self.again),
+        ):
             for name, values in made.items():
                 if name in target:
-                    redo = self.redo.get(name)
+                    redo = again.redo.get(name)
                     for i in rows:
                         if redo is None or redo[start + i]:
                             target[name][start + i] = values[i]

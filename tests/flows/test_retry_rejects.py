@@ -125,6 +125,37 @@ def test_beside_a_modality_that_is_missing(
             assert (url / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_kept_labels_are_tried_again_with_their_tokens(
+    tmp_path: Path, modalities: dict[str, Any], sick: dict[int, str]
+) -> None:
+    """Tokens that are made from kept labels another time must not find a null cell there again."""
+    url, whole = tmp_path / "ds", tmp_path / "whole"
+    keeping = {**modalities, "depth": {**modalities["depth"], "keep_labels": True}}
+    sick |= {1: "depth hung", 6: "depth hung"}
+    with without_ray():
+        build(small_config(url, keeping, count=12, engine=ENGINE))
+        sick.clear()
+        assert build(
+            small_config(url, keeping, count=12, engine=ENGINE), BuildOptions(retry_rejects=True)
+        ).status.complete
+        build(small_config(whole, keeping, count=12, engine=ENGINE))
+    dataset, undisturbed = Dataset(str(url)), Dataset(str(whole))
+    for short in dataset.recipes("depth"):  # of the labels, and of the tokens
+        for shard in range(3):
+            receipt = dataset.receipt("depth", short, shard)
+            assert receipt.absent == {} and receipt.epoch == (shard < 2)
+            assert receipt.file == undisturbed.receipt("depth", short, shard).file
+    before = status(dataset).to_json()
+    with without_ray():
+        assert (
+            build(
+                small_config(url, keeping, count=12, engine=ENGINE), BuildOptions(retry_rejects=True)
+            ).rows_labelled
+            == 0
+        )
+    assert status(dataset).to_json() == before
+
+
 def test_in_vain_nothing_changes(tmp_path: Path, modalities: dict[str, Any], sick: dict[int, str]) -> None:
     url = tmp_path / "ds"
     config = small_config(url, modalities, count=12, engine=ENGINE)
