@@ -27,7 +27,7 @@ from fourmill.flows.progress import progress, say
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import Status, status
 from fourmill.flows.watch_show import BuildLines
-from fourmill.lease import single_writer_lease
+from fourmill.lease import Lease, single_writer_lease
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.storage import Store
 
@@ -69,13 +69,15 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
         _check_storage(config)
         if not Store(config.dataset).exists("dataset.yaml"):
             make_plan(resolved, None)  # an empty source is refused before the dataset exists
+        lease = None
         if config.engine.single_writer:
-            stack.enter_context(single_writer_lease(Store(config.dataset)))
+            lease = stack.enter_context(single_writer_lease(Store(config.dataset)))
         dataset = Dataset.create(config.dataset, resolved.identity)
         _add_given_tokenizers(resolved, dataset)
         total = EngineReport()
+        work = _Work(dataset, stage, total, lease)
         if options.only_labels is None and resolved.unfitted():
-            _fit(resolved, dataset, options, stage, total)
+            _fit(resolved, work, options)
             resolved = resolve(config)
         shards: list[int] = []
         if not options.fit_only:
@@ -83,7 +85,7 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
             shards = [shard for shard in plan.shards if in_slice(shard, options.slice)]
             _remember_run(dataset, resolved, plan, _asked(resolved, options))
             _say_plan(plan)
-            _run(resolved, dataset, plan, "Label and tokenize", stage, total)
+            _run(resolved, work, plan, "Label and tokenize")
     return _finish(resolved, dataset, options, total, shards)
 
 
@@ -136,10 +138,24 @@ def _say_plan(plan: Plan) -> None:
         say(f"{name}: {count} shards were made with another recipe; --redo-stale makes them again")
 
 
-def _fit(
-    resolved: Resolved, dataset: Dataset, options: BuildOptions, stage: Stage, total: EngineReport
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the stages of one build share. ``lease``: of a declared single writer."""
+
+    dataset: Dataset
+    stage: Stage
+    total: EngineReport
+    lease: Lease | None
+
+    def check(self) -> None:
+        """Raises once another flow has become the only writer."""
+        if self.lease is not None:
+            self.lease.check()
+
+
+def _fit(resolved: Resolved, work: _Work, options: BuildOptions) -> None:
     """Label the fit set, keep those labels, and fit the tokenizers that are missing."""
+    dataset, total = work.dataset, work.total
     whole = plan_of(resolved, dataset, options)
     chosen = fit_shards(resolved, whole.shards)
     names = tuple(n for n in resolved.unfitted() if needs_labels(resolved.wanted[n]))
@@ -148,7 +164,7 @@ def _fit(
     _remember_run(
         dataset, resolved, whole, {"labels": labels, **({"tokens": []} if options.fit_only else {})}
     )
-    _run(resolved, dataset, plan, "Label the fit set", stage, total)
+    _run(resolved, work, plan, "Label the fit set")
     missing = make_plan(resolved, dataset, only_labels=names, only_tokens=(), only_shards=chosen).jobs
     if missing:
         why = next(iter(total.parked.values()), "see the parked shards")
@@ -157,22 +173,24 @@ def _fit(
     with progress("Fit tokenizers", "steps") as advance:
 
         def on_fit(name: str, done: int, steps: int, figures: dict[str, Any]) -> None:
+            work.check()
             loss = figures.get("loss")
             advance(done, steps, f"{name}" + (f" loss {loss:.3f}" if isinstance(loss, float) else ""))
 
-        stage("Fit tokenizers", lambda: fit_tokenizers(resolved, dataset, sorted(chosen), on_fit))
+        work.stage("Fit tokenizers", lambda: fit_tokenizers(resolved, dataset, sorted(chosen), on_fit))
 
 
-def _run(
-    resolved: Resolved, dataset: Dataset, plan: Plan, title: str, stage: Stage, total: EngineReport
-) -> None:
+def _run(resolved: Resolved, work: _Work, plan: Plan, title: str) -> None:
     if not plan.jobs:
         return
+    dataset, total = work.dataset, work.total
     with BuildLines(dataset.url) as lines, progress(title, "images", lines) as advance:
-        report: EngineReport = stage(
-            title,
-            lambda: run_jobs(resolved, plan, lambda done, rows: advance(done, rows, "")),
-        )
+
+        def on_progress(done: int, rows: int) -> None:
+            work.check()
+            advance(done, rows, "")
+
+        report: EngineReport = work.stage(title, lambda: run_jobs(resolved, plan, on_progress))
         lines.finish()
     attempt = secrets.token_hex(4)
     recipes = resolved.token_recipes()

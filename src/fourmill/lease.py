@@ -30,13 +30,14 @@ _log = logging.getLogger(__name__)
 
 
 class Lease:
-    """A lease that is held. ``is_lost`` becomes true when another flow has taken it over."""
+    """A lease that is held. ``is_lost`` becomes true when another flow has taken it over; `check` raises then."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._token = secrets.token_hex(8)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="writer-lease", daemon=True)
+        self._broken: Exception | None = None  # what ended the thread that was to renew it
         self.is_lost = False
 
     def acquire(self) -> None:
@@ -58,10 +59,21 @@ class Lease:
                     self.is_lost = True
                     return
                 self._write()
-            except Exception as error:
+            except Exception as error:  # raised in the flow's own thread, by `check`
                 if not (isinstance(error, OSError) or is_bad_luck(error)):
-                    raise
+                    self._broken = error
+                    return
                 _log.warning("%s/%s could not be renewed: %s", self._store.url, LEASE, error)
+
+    def check(self) -> None:
+        """Raises WorkMissing where another flow has taken over, and what keeps the lease from being renewed."""
+        if self._broken is not None:
+            raise self._broken
+        if self.is_lost:
+            raise WorkMissing(
+                f"{self._store.url}: another flow took over while this one stood still for more than "
+                f"{EXPIRES_S / 60:.0f} minutes; let that one finish, and then run this command again"
+            )
 
     def release(self) -> None:
         """Give it back. The thread ends first: it must not write after that."""
@@ -101,11 +113,7 @@ def single_writer_lease(store: Store) -> Iterator[Lease]:
         yield lease
     finally:
         lease.release()
-    if lease.is_lost:
-        raise WorkMissing(
-            f"{store.url}: another flow took over while this one stood still for more than {EXPIRES_S / 60:.0f} minutes; "
-            "let that one finish, and then run this command again"
-        )
+    lease.check()
 
 
 def _age(store: Store) -> float | None:

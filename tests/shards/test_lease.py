@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -101,3 +101,33 @@ def test_a_lease_that_cannot_be_read_is_none(store: Store, damage: bytes) -> Non
     store.put(LEASE, damage)
     with single_writer_lease(store):
         pass
+
+
+def test_a_lost_place_is_noticed_while_the_work_goes_on(store: Store) -> None:
+    with pytest.raises(WorkMissing, match="another flow took over"), single_writer_lease(store) as held:
+        held.check()
+        store.put(LEASE, b'{"token": "somebody else"}')
+        _until(lambda: held.is_lost)
+        held.check()
+        pytest.fail("it is not the only writer any more")
+
+
+def test_what_keeps_it_from_being_renewed_is_raised_where_the_work_goes_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TypeError, match="a fault of ours"), single_writer_lease(store) as held:
+
+        def broken(self: Lease) -> None:
+            raise TypeError("a fault of ours")
+
+        monkeypatch.setattr(Lease, "_write", broken)
+        _until(lambda: not held._thread.is_alive())
+        held.check()
+        pytest.fail("nobody renews it")
+
+
+def _until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
