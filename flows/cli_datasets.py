@@ -22,8 +22,16 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="rates and time left, live, until it is complete or Ctrl-C")
     ] = False,
+    licenses: Annotated[
+        bool, typer.Option("--licenses", help="whose weights it was made with, and under which licences")
+    ] = False,
 ) -> None:
     """Where a dataset stands, from its receipts; with --watch how fast it grows, whoever builds it."""
+    if watch and licenses:
+        raise ConfigError("--licenses: not together with --watch; leave one of them out")
+    if licenses:
+        _licenses(dataset, as_json)
+        return
     if watch:
         from fourmill.flows.watch_show import watch as watch_dataset
 
@@ -38,6 +46,17 @@ def status(
         print(json.dumps(found.to_json()))
     else:
         console.print(status_report(found, dataset), soft_wrap=True)
+
+
+def _licenses(url: str, as_json: bool) -> None:
+    from fourmill.flows.licenses import licenses_json, licenses_report, uses
+    from fourmill.shards.dataset import Dataset
+
+    found = uses(Dataset(url))
+    if as_json:
+        print(json.dumps(licenses_json(found)))
+    else:
+        console.print(licenses_report(found, url))
 
 
 @app.command(epilog="Example: [bold]fourmill report data/demo --model runs/demo[/bold]")

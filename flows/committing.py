@@ -139,7 +139,7 @@ class Committer:
             bytes=len(data),
             dataset=self._dataset.digest,
             source={"digest": digest, "rows_total": rows_total} if column == SAMPLES else {},
-            provenance=_provenance(wanted),
+            provenance=_provenance(wanted, recipe.kind),
             environment={**self._environment, "batch_size": shard.batch_size},
             timings=_timings(report, column),
             **({"epoch": epoch} if epoch else {}),
@@ -191,9 +191,22 @@ def _timings(report: JobReport, column: str) -> dict[str, float]:
     }
 
 
-def _provenance(wanted: Wanted | None) -> dict[str, Any]:
-    if wanted is None or wanted.settings is None:
+def _provenance(wanted: Wanted | None, kind: str) -> dict[str, Any]:
+    """Whose weights a column is made with, and under which licence; None where a labeler has none.
+
+    ``tokenizer`` and its licence are there where one was given; one that was fitted on the dataset is nobody else's.
+    """
+    if wanted is None:
         return {}
-    checkpoint = wanted.make_labeler().checkpoint
-    model = wanted.settings.model or wanted.make_labeler().default_model
-    return {"labeler": wanted.labeler, "model": model, "weights": checkpoint.identity if checkpoint else None}
+    tokenizer = wanted.tokenizer_provenance if kind == "token" else {}
+    if wanted.settings is None:
+        return dict(tokenizer)
+    labeler = wanted.make_labeler()
+    checkpoint = labeler.checkpoint
+    return {
+        "labeler": wanted.labeler,
+        "model": wanted.settings.model or labeler.default_model,
+        "weights": checkpoint.identity if checkpoint else None,
+        "license": wanted.license,
+        **tokenizer,
+    }

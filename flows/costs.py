@@ -38,14 +38,21 @@ class Costs:
     idle: float = 0.0
 
 
-def measured(resolved: Resolved, dataset: Dataset, source: str, *, steady: bool = True) -> Costs:
+def measured(
+    resolved: Resolved,
+    dataset: Dataset,
+    source: str,
+    *,
+    listings: Mapping[str, ColumnListing] | None = None,
+    steady: bool = True,
+) -> Costs:
     """Costs as a dataset's receipts tell them.
 
-    ``steady``: they are of a run so long that what its specialists waited says something.
+    ``listings``: of the wanted columns, where they were made already. ``steady``: they are of a run so long that what its specialists waited says something.
     """
     costs: dict[str, Cost] = {}
     receipts: dict[str, list[Receipt]] = {}
-    for name, listing in dataset.listings(resolved.wanted).items():
+    for name, listing in (listings or dataset.listings(resolved.wanted)).items():
         costs[name], receipts[name] = _column(dataset, resolved.wanted[name], listing, source)
     short = dataset.samples_recipe()
     samples = _some(dataset, SAMPLES, short, dataset.listing(SAMPLES)) if short else []

@@ -17,6 +17,7 @@ from packaging.version import Version
 from rich import box
 from rich.table import Table
 
+from fourmill.checkpoints import Checkpoint, cached_snapshot
 from fourmill.config import Config
 from fourmill.errors import FourmillError
 from fourmill.flows.engine import device_of
@@ -174,24 +175,29 @@ def _checkpoints(resolved: Resolved) -> Iterator[Finding]:
         if checkpoint.folder is not None:
             yield Finding(name, "ok", f"{checkpoint.folder} ({_folder_size(checkpoint.folder)})")
             continue
-        from huggingface_hub import HfApi, try_to_load_from_cache
-        from huggingface_hub.errors import HfHubHTTPError
-
-        where = f"{checkpoint.source} at {str(checkpoint.revision)[:12]}"
-        if isinstance(
-            try_to_load_from_cache(checkpoint.source, "config.json", revision=checkpoint.revision), str
-        ):
-            yield Finding(name, "ok", f"{where}, in the local cache")
-            continue
-        try:
-            HfApi().model_info(checkpoint.source, revision=checkpoint.revision, timeout=10)
-            yield Finding(name, "ok", f"{where}, to be fetched from the hub")
-        except (HfHubHTTPError, OSError) as error:
-            why = " ".join(str(error).split())[:160]
-            yield Finding(name, "fail", f"{where} is neither here nor can the hub be reached: {why}")
+        yield on_hub(name, checkpoint)
     unfitted = resolved.unfitted()
     if unfitted:
         yield Finding("tokenizers", "ok", f"to be fitted on this dataset: {', '.join(unfitted)}")
+
+
+def on_hub(name: str, checkpoint: Checkpoint) -> Finding:
+    """Whole in the local cache (its config.json alone is there as soon as a configuration was read), or to be fetched."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    where = f"{checkpoint.source} at {str(checkpoint.revision)[:12]}"
+    folder = cached_snapshot(checkpoint, f"modalities.{name}.model")
+    if folder is not None:
+        return Finding(name, "ok", f"{where}, in the local cache ({_folder_size(folder)})")
+    try:
+        HfApi().model_info(checkpoint.source, revision=checkpoint.revision, timeout=10)
+    except (HfHubHTTPError, OSError) as error:
+        why = " ".join(str(error).split())[:160]
+        return Finding(
+            name, "fail", f"{where} is not whole in the local cache, nor can the hub be reached: {why}"
+        )
+    return Finding(name, "ok", f"{where}, to be fetched from the hub")
 
 
 def _folder_size(folder: Path) -> str:

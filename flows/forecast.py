@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fourmill.errors import ConfigError
@@ -16,7 +16,7 @@ from fourmill.flows.build import BuildOptions, plan_of
 from fourmill.flows.fitting import needs_labels
 from fourmill.flows.plan import Job, Plan, fit_shards, why_stale
 from fourmill.flows.resolve import Resolved
-from fourmill.shards.dataset import SAMPLES, Dataset
+from fourmill.shards.dataset import SAMPLES, ColumnListing, Dataset
 from fourmill.shards.receipts import Recipe
 
 
@@ -58,13 +58,14 @@ class Forecast:
     decoded_rows: int
     modalities: dict[str, Work]
     errors: dict[int, str]  # of shards whose samples are parked
+    listings: Mapping[str, ColumnListing] = field(default_factory=dict, repr=False)  # no part of `to_json`
 
     @property
     def nothing_to_do(self) -> bool:
         return not self.decodes
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(replace(self, listings={})).items() if key != "listings"}
 
 
 def open_dataset(resolved: Resolved) -> Dataset | None:
@@ -81,7 +82,7 @@ def forecast(resolved: Resolved, dataset: Dataset | None, options: BuildOptions)
     """What `build` with these options would do. Raises what `build` would refuse."""
     plan = plan_of(resolved, dataset, options)
     works = {name: _standing(resolved, dataset, plan, name) for name in resolved.wanted}
-    kept = _kept(resolved, dataset)
+    kept = _kept(resolved, plan)
     fit, jobs = _jobs(resolved, plan, options, kept)
     decodes: Counter[int] = Counter()
     for job in jobs:
@@ -106,6 +107,7 @@ def forecast(resolved: Resolved, dataset: Dataset | None, options: BuildOptions)
         decoded_rows=sum(plan.shards[job.shard] for job in jobs),
         modalities=works,
         errors={shard: error for shard, error in errors.items() if shard in plan.shards},
+        listings=plan.listings,
     )
 
 
@@ -128,12 +130,13 @@ def _standing(resolved: Resolved, dataset: Dataset | None, plan: Plan, name: str
     return work
 
 
-def _kept(resolved: Resolved, dataset: Dataset | None) -> dict[str, set[int]]:
+def _kept(resolved: Resolved, plan: Plan) -> dict[str, set[int]]:
     """By modality, the shards whose labels are there."""
-    if dataset is None:
-        return {name: set() for name in resolved.wanted}
-    listings = dataset.listings(resolved.wanted)
-    return {n: listings[n].finished(wanted.label_recipe.short) for n, wanted in resolved.wanted.items()}
+    listings = plan.listings
+    return {
+        name: listings[name].finished(wanted.label_recipe.short) if listings else set()
+        for name, wanted in resolved.wanted.items()
+    }
 
 
 def _jobs(

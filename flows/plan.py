@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fourmill.errors import ConfigError, SourceError
 from fourmill.flows.resolve import Resolved, recipe_diff
@@ -60,6 +60,9 @@ class Plan:
     jobs: list[Job]
     listing: tuple[str, int]  # the source's digest, and how many rows it lists in all
     vanished: int = 0  # committed rows that the source no longer lists
+    listings: Mapping[str, ColumnListing] = field(
+        default_factory=dict
+    )  # of all wanted columns, once there are any
 
 
 def column_state(
@@ -175,7 +178,7 @@ def make_plan(
             jobs.append(Job(shard, rows, duplicates, labels, todo, retry, reason if retry else None))
     shards = {shard: rows_of[shard] for shard in sorted(chosen)}
     listing = digest, sum(rows_of.values()) - vanished
-    return Plan(shards, frozenset(set(committed) & chosen), states, jobs, listing, vanished)
+    return Plan(shards, frozenset(set(committed) & chosen), states, jobs, listing, vanished, listings)
 
 
 def _rejects(

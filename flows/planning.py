@@ -19,7 +19,7 @@ from fourmill.flows.calibrating import calibrate
 from fourmill.flows.costs import Cost, Costs, measured, with_rates
 from fourmill.flows.estimating import SPEED, Estimate, estimate
 from fourmill.flows.forecast import Forecast, forecast, open_dataset
-from fourmill.flows.resolve import resolve
+from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import human_bytes
 from fourmill.flows.watch_show import human_seconds
 from fourmill.shards.dataset import SAMPLES
@@ -56,10 +56,24 @@ def plan_build(
     specialists: int | None = None,
 ) -> Planned:
     """``rates``: images/s of one specialist by modality; ``calibrated``: measure what neither they nor receipts tell."""
-    resolved = resolve(config)
+    return plan_resolved(
+        resolve(config), options, rates=rates, calibrated=calibrated, specialists=specialists
+    )
+
+
+def plan_resolved(
+    resolved: Resolved,
+    options: BuildOptions,
+    *,
+    rates: Mapping[str, float] | None = None,
+    calibrated: bool = False,
+    specialists: int | None = None,
+) -> Planned:
     dataset = open_dataset(resolved)
     found = forecast(resolved, dataset, options)
-    costs = measured(resolved, dataset, "receipts of this dataset") if dataset is not None else Costs()
+    costs = Costs()
+    if dataset is not None:
+        costs = measured(resolved, dataset, "receipts of this dataset", listings=found.listings)
     costs = with_rates(costs, resolved, rates or {})
     guess = estimate(resolved, found, costs, specialists)
     if calibrated and guess.unknown:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fourmill import crops
+from fourmill import crops, licenses
 from fourmill.checkpoints import resolve as resolve_checkpoint
 from fourmill.config import Config, ModalityConfig
 from fourmill.errors import ConfigError, nearest
@@ -42,6 +42,8 @@ class Wanted:
     needs_truth: bool
     tokenizer_folder: str | None = None  # on this machine; None: to be fitted
     tokenizer: str | None = None  # full hash
+    license: str | None = None  # of the labeler's weights; None: it has none
+    tokenizer_provenance: Mapping[str, str] = field(default_factory=dict)  # of a given one: model and licence
 
     def make_labeler(self) -> Labeler:
         assert self.labeler is not None and self.settings is not None
@@ -169,7 +171,10 @@ def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]
     }
     decode = {**config.decode.model_dump(), "version": DECODE_VERSION}
     if labeler_name is None:
-        for key in (*entry.options, *(k for k in ("model", "revision") if getattr(entry, k) is not None)):
+        for key in (
+            *entry.options,
+            *(k for k in ("model", "revision", "license") if getattr(entry, k) is not None),
+        ):
             raise ConfigError(
                 f"modalities.{name}.{key}: unknown key{nearest(key, ['keep_labels', 'tokenizer'])}"
             )
@@ -194,6 +199,7 @@ def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]
         modality=name,
         model=entry.model,
         revision=entry.revision,
+        license=entry.license,
         precision=entry.precision,
         image_size=config.image_size,
         options=entry.options,
@@ -226,6 +232,7 @@ def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]
         upstream,
         labeler.sees == "crops",
         needs_truth,
+        license=labeler.license,
     )
 
 
@@ -243,6 +250,8 @@ def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:
             raise ConfigError(
                 f"modalities.{wanted.name}.tokenizer.model: tokenizers are read from folders; {given.model!r} is a hub id"
             )
+        named = given.license or licenses.in_folder(checkpoint.folder) or licenses.UNKNOWN
+        wanted = replace(wanted, tokenizer_provenance={"tokenizer": given.model, "tokenizer_license": named})
         return use_tokenizer(wanted, checkpoint.folder, config.image_size)
     try:
         dataset = Dataset(config.dataset)

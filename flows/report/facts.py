@@ -48,14 +48,13 @@ def _few(rows: Iterator[SetAside], limit: int) -> Iterator[SetAside]:
             yield one
 
 
-def _receipts(view: View, column: str) -> Iterator[Receipt]:
+def _receipts(view: View, column: str) -> dict[int, Receipt]:
     short = view.dataset.samples_recipe() if column == SAMPLES else view.recipes[column]
-    for shard in sorted(view.dataset.finished(column, str(short))):
-        yield view.dataset.receipt(column, str(short), shard)
+    return view.dataset.receipts(column, str(short))
 
 
 def _no_image(view: View) -> Iterator[SetAside]:
-    for receipt in _receipts(view, SAMPLES):
+    for receipt in _receipts(view, SAMPLES).values():
         if receipt.absent:
             table = view.dataset.table(receipt.file).select(["key", "status"])
             for row, (key, status) in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
@@ -64,8 +63,9 @@ def _no_image(view: View) -> Iterator[SetAside]:
 
 
 def _no_value(view: View, name: str) -> Iterator[SetAside]:
-    for receipt in _receipts(view, name):
-        samples = view.dataset.receipt(SAMPLES, str(view.dataset.samples_recipe()), receipt.shard)
+    all_samples = _receipts(view, SAMPLES)
+    for receipt in _receipts(view, name).values():
+        samples = all_samples[receipt.shard]
         if sum(receipt.absent.values()) <= sum(samples.absent.values()):
             continue  # nothing but the rows that have no image
         reasons = view.dataset.table(receipt.file).column("reason").to_pylist()

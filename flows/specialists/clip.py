@@ -374,7 +374,7 @@ def report(folder: Path, settings: Settings, images: int, pool: Pool, held_out: 
         "name": "clip",
         "architecture": f"CLIPModel, patch {PATCH} at {SIZE} px, projection_dim {PROJECTION}",
         "params": count_params(model),
-        "licence": "Apache-2.0",
+        "license": "Apache-2.0",
         "trained_on": f"scenes version 1, seed {TRAIN_SEED}, {settings.scenes} images ({images} seen)",
         "command": f"python -m fourmill.flows.specialists.clip --minutes {settings.minutes:g} --out DIR"
         + (" --init PREVIOUS" if settings.init else ""),

@@ -201,7 +201,7 @@ def _save(averages: dict[str, Any], settings: Settings, step: int) -> None:
                 "name": f"scenes {task}",
                 "architecture": type(network).__name__,
                 "params": count_params(network),
-                "licence": "Apache-2.0",
+                "license": "Apache-2.0",
                 "trained_on": f"scenes version {VERSION}, seed {TRAIN_SEED}, {settings.scenes} images",
                 "command": _command(settings),
                 "steps": step,

@@ -378,7 +378,7 @@ def report(folder: Path, settings: Settings, images: int, held_out: Pool) -> Non
         "name": "det",
         "architecture": f"RTDetrForObjectDetection, ResNet of two stages, {SIZE} px, classes {', '.join(DET_CLASSES)}",
         "params": count_params(model),
-        "licence": "Apache-2.0",
+        "license": "Apache-2.0",
         "trained_on": f"scenes version 1, seed {TRAIN_SEED}, {settings.scenes} images ({images} seen)",
         "command": f"python -m fourmill.flows.specialists.det --minutes {settings.minutes:g} --out DIR"
         + (" --init PREVIOUS" if settings.init else ""),

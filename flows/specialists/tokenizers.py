@@ -128,6 +128,7 @@ def fit(
 
     fit_codec(modality, train, held_out, image_size=SIZE, options=options, out=out, progress=report)
     card = yaml.safe_load((out / "card.yaml").read_text())
+    card["license"] = "Apache-2.0"
     card["data"] = (
         f"scenes version {VERSION} at {SIZE} px: seed {TRAIN_SEED} to fit, seed {HELD_OUT_SEED} held out"
     )
