@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fourmill.errors import FourmillError
-from fourmill.flows import cli_datasets, cli_labelers
+from fourmill.flows import cli_datasets, cli_labelers, cli_own_labelers
 from fourmill.flows.arguments import known_names, reasons, shard_range, slice_of, with_optional_values
 from fourmill.flows.options import (
     ConfigName,
@@ -245,6 +245,7 @@ def _show_tokenizers(url: str) -> None:
 
 app.add_typer(cli_datasets.app)
 app.add_typer(cli_labelers.app)
+app.add_typer(cli_own_labelers.app)
 
 
 def main() -> None:

@@ -1,0 +1,42 @@
+"""Commands for labelers of one's own; part of ``fourmill.flows.cli``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from fourmill.errors import ContractError
+from fourmill.flows.progress import console
+
+app = typer.Typer()
+
+
+@app.command(
+    "check-labeler", epilog="Example: [bold]fourmill check-labeler det --set min_score=0.3 --json[/bold]"
+)
+def check_labeler(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a registered labeler")],
+    model: Annotated[
+        str | None, typer.Option(help="a checkpoint's folder or hub id; default: the labeler's own")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="40-digit commit of a hub id")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="an option of the labeler; may be repeated"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """Run the contract suite on one labeler: a verdict per point; exit status 1 where one fails."""
+    from fourmill.flows.checking_labeler import check_one, verdicts_json, verdicts_table
+    from fourmill.labelers.contract import failures
+
+    verdicts = check_one(name, model, revision, options)
+    if as_json:
+        print(json.dumps(verdicts_json(name, verdicts)))
+    else:
+        console.print(verdicts_table(name, verdicts))
+    failed = failures(verdicts)
+    if failed:
+        raise ContractError(f"labeler {name!r}: {len(failed)} of {len(verdicts)} points failed; {failed[0]}")
