@@ -15,6 +15,7 @@ import numpy as np
 
 from fourmill.checkpoints import Checkpoint, resolve
 from fourmill.errors import ConfigError, nearest
+from fourmill.labelers.card import Card, license_of
 from fourmill.labels import Label
 from fourmill.modality import Modality
 from fourmill.registry import Registry
@@ -24,7 +25,9 @@ register = labelers.register
 
 
 #: keys that every modality of a configuration may have, beside its labeler's own options
-COMMON_KEYS = ("labeler", "model", "revision", "batch_size", "precision", "keep_labels", "tokenizer")
+COMMON_KEYS = (
+    "labeler", "model", "revision", "license", "batch_size", "precision", "keep_labels", "tokenizer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class LabelerSettings:
     modality: str  # the key under `modalities:`
     model: str | None = None  # folder, hub id or "shipped:NAME"; None: the labeler's default
     revision: str | None = None
+    license: str | None = None  # of the weights, where the configuration names it
     precision: str = "fp32"
     device: str = "cpu"
     image_size: int = 224  # side of a crop in pixels
@@ -79,6 +83,8 @@ class Labeler(ABC):
     #: options that the configuration may set beside the common ones, with their defaults
     options: ClassVar[Mapping[str, Any]] = {}
     batch_size: ClassVar[int] = 16
+    #: where its weights come from, and what they may be used for
+    card: ClassVar[Card | None] = None
 
     def __init__(self, settings: LabelerSettings) -> None:
         self.settings = settings
@@ -95,6 +101,12 @@ class Labeler(ABC):
         """The weights, or None for a labeler without a network."""
         model = self.settings.model or self.default_model
         return None if model is None else resolve(model, self.settings.revision, f"{self.where}.model")
+
+    @property
+    def license(self) -> str | None:
+        """The licence of the weights, "unknown" where nobody names one; None for a labeler without a network."""
+        model = self.settings.model or self.default_model
+        return license_of(self.settings.license, self.card, model, self.checkpoint)
 
     def upstream_modalities(self) -> tuple[str, ...]:
         return tuple(name.removeprefix("label:") for name in self.inputs if name.startswith("label:"))

@@ -10,6 +10,7 @@ import numpy as np
 
 from fourmill.errors import CheckpointError, ConfigError
 from fourmill.labelers.base import LabelBatch, register
+from fourmill.labelers.card import Card, Weights
 from fourmill.labelers.letterbox import Placement, letterbox
 from fourmill.labelers.network import NetworkLabeler
 from fourmill.labels import Label
@@ -31,6 +32,29 @@ CLIP = Modality(
     ),
 )
 
+_RADFORD = "Radford et al., Learning Transferable Visual Models, ICML 2021, arXiv:2103.00020"
+
+CARD = Card(
+    expects="the dataset's crops in RGB: letterboxed onto the square of the checkpoint's preprocessor (or `input_size`), "
+    "normalised as its preprocessor_config.json says",
+    default=Weights(
+        model="openai/clip-vit-large-patch14",
+        revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
+        license="MIT",
+        note="16 x 16 features of 768 channels at 224 px. Its page names no licence: this is that of openai/CLIP",
+        citation=_RADFORD,
+    ),
+    paper=Weights(
+        model="openai/clip-vit-base-patch16",
+        revision="57c216476eefef5ab752ec549e440a49ae4ae5f3",
+        license="MIT",
+        loads=False,
+        note="14 x 14 features of 512 channels at 224 px. This commit has no safetensors, and nothing else is read: "
+        "saved again by transformers it loads from a folder. Its page names no licence: this is that of openai/CLIP",
+        citation=_RADFORD,
+    ),
+)
+
 
 @register("clip")
 class Clip(NetworkLabeler):
@@ -41,6 +65,7 @@ class Clip(NetworkLabeler):
     """
 
     modality: ClassVar[Modality] = CLIP
+    card: ClassVar[Card | None] = CARD
     sees: ClassVar[str] = "crops"
     inputs: ClassVar[tuple[str, ...]] = ("crops",)
     default_model: ClassVar[str | None] = "shipped:clip"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fourmill.errors import ConfigError, nearest
 from fourmill.labelers.base import register
+from fourmill.labelers.card import LETTERBOXED, Card, Weights
 from fourmill.labelers.letterbox import Placement, map_to_frame
 from fourmill.labelers.network import NETWORK_OPTIONS, NetworkLabeler
 from fourmill.labels import Label
@@ -37,6 +38,50 @@ DEPTH = Modality(
     ),
 )
 
+_ANYTHING_V2 = "Yang et al., Depth Anything V2, NeurIPS 2024, arXiv:2406.09414"
+_DPT = "Ranftl et al., Vision Transformers for Dense Prediction, ICCV 2021, arXiv:2103.13413"
+
+CARD = Card(
+    expects=LETTERBOXED,
+    default=Weights(
+        model="depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf",
+        revision="8078d68a9c75a972131914f6afd0c1723be0da7f",
+        license="Apache-2.0",
+        note="metric, trained on rendered interiors, up to 20 m. Its page names no licence: this is what the project "
+        "says of its Small models, while Base and Large are CC-BY-NC-4.0",
+        citation=_ANYTHING_V2,
+    ),
+    paper=Weights(
+        model="sashasax/omnidata_depth_dpt_hybrid_384",
+        license="CC-BY-NC-4.0",
+        loads=False,
+        note="Omnidata DPT-Hybrid; published as a pickled .pth in a layout of its own. Its nearest kin that loads is "
+        "Intel/dpt-hybrid-midas",
+        citation="Eftekhar et al., Omnidata, ICCV 2021, arXiv:2110.04994",
+    ),
+    others=(
+        Weights(
+            model="depth-anything/Depth-Anything-V2-Small-hf",
+            revision="5426e4f0f36572d16453bbda7a8389317b1bef99",
+            license="Apache-2.0",
+            note="relative, for scenes of every kind; `normal_from_depth` wants metric depth",
+            citation=_ANYTHING_V2,
+        ),
+        Weights(
+            model="depth-anything/Depth-Anything-V2-Large-hf",
+            license="CC-BY-NC-4.0",
+            note="relative",
+            citation=_ANYTHING_V2,
+        ),
+        Weights(
+            model="Intel/dpt-hybrid-midas",
+            license="Apache-2.0",
+            note="relative; safetensors stand in a pull request of its repository, not at main",
+            citation=_DPT,
+        ),
+    ),
+)
+
 _KINDS = ("auto", "metric", "relative_inverse")
 _METRIC_FAMILIES = ("glpn", "zoedepth", "tipsv2_dpt")
 
@@ -55,6 +100,7 @@ class Depth(NetworkLabeler):
     """
 
     modality: ClassVar[Modality] = DEPTH
+    card: ClassVar[Card | None] = CARD
     default_model: ClassVar[str | None] = "shipped:depth"
     expected: ClassVar[str] = "a depth network"
     options: ClassVar[Mapping[str, Any]] = {**NETWORK_OPTIONS, "kind": "auto"}

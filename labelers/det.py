@@ -9,6 +9,7 @@ import numpy as np
 
 from fourmill.errors import ConfigError
 from fourmill.labelers.base import LabelerSettings, register
+from fourmill.labelers.card import LETTERBOXED, Card, Weights
 from fourmill.labelers.letterbox import Placement, boxes_to_frame
 from fourmill.labelers.network import NETWORK_OPTIONS, NetworkLabeler, class_names
 from fourmill.labels import Boxes, Label
@@ -31,6 +32,42 @@ DET = Modality(
     ),
 )
 
+CARD = Card(
+    expects=LETTERBOXED,
+    default=Weights(
+        model="PekingU/rtdetr_v2_r50vd",
+        revision="282494075698cab9faa1096ae26856890030c817",
+        license="Apache-2.0",
+        note="80 classes of COCO",
+        citation="Lv et al., RT-DETRv2, 2024, arXiv:2407.17140",
+    ),
+    paper=Weights(
+        model="ViTDet ViT-H, Cascade Mask R-CNN",
+        license="unknown",
+        loads=False,
+        note="COCO, from an MAE; pickled weights for detectron2, whose page of the project names no licence for them. "
+        "4M kept boxes that score at least 0.6",
+        citation="Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, ECCV 2022, "
+        "arXiv:2203.16527",
+    ),
+    others=(
+        Weights(
+            model="ustc-community/dfine-large-coco",
+            revision="aa8f8211545e4cff5adf52ea512f9ac74a9824ec",
+            license="Apache-2.0",
+            note="80 classes of COCO",
+            citation="Peng et al., D-FINE, ICLR 2025, arXiv:2410.13842",
+        ),
+        Weights(
+            model="PekingU/rtdetr_r50vd",
+            revision="df939e661d8c52e80608d1ec566561aabd25a4e7",
+            license="Apache-2.0",
+            note="80 classes of COCO",
+            citation="Zhao et al., DETRs Beat YOLOs on Real-time Object Detection, CVPR 2024, arXiv:2304.08069",
+        ),
+    ),
+)
+
 _SOFTMAX = ("detr", "table-transformer", "yolos")
 _SIGMOID = (
     "rt_detr", "rt_detr_v2", "d_fine", "conditional_detr", "deformable_detr", "dab-detr", "rf_detr",
@@ -50,6 +87,7 @@ class Det(NetworkLabeler):
     """
 
     modality: ClassVar[Modality] = DET
+    card: ClassVar[Card | None] = CARD
     default_model: ClassVar[str | None] = "shipped:det"
     expected: ClassVar[str] = "an object detector"
     options: ClassVar[Mapping[str, Any]] = {**NETWORK_OPTIONS, "min_score": 0.5}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from fourmill.errors import CheckpointError, ConfigError
 from fourmill.labelers.base import LabelerSettings, register
+from fourmill.labelers.card import LETTERBOXED, Card, Weights
 from fourmill.labelers.letterbox import Placement, map_to_frame
 from fourmill.labelers.network import NETWORK_OPTIONS, NetworkLabeler
 from fourmill.labels import Label
@@ -32,6 +33,35 @@ NORMAL = Modality(
     ),
 )
 
+CARD = Card(
+    expects=LETTERBOXED,
+    note="the configurations for photographs take `normal_from_depth`. Networks differ in their axes: before a build "
+    "hold a few labels against that one's, and set `axis_signs`",
+    default=Weights(
+        model="google/tipsv2-b14-dpt",
+        license="Apache-2.0",
+        note="trained on NYU Depth V2: interiors; take a commit whose config.json is for transformers' own classes",
+        citation="TIPSv2: Advancing Vision-Language Pretraining with Enhanced Patch-Text Alignment, 2026, "
+        "arXiv:2604.12012",
+    ),
+    paper=Weights(
+        model="sashasax/omnidata_normal_dpt_hybrid_384",
+        license="CC-BY-NC-4.0",
+        loads=False,
+        note="Omnidata DPT-Hybrid; published as a pickled .pth in a layout of its own. Converted to a "
+        "DPTForSemanticSegmentation with three labels it loads from a folder",
+        citation="Eftekhar et al., Omnidata, ICCV 2021, arXiv:2110.04994; Kar et al., 3D Common Corruptions, CVPR 2022",
+    ),
+    others=(
+        Weights(
+            model="facebook/sapiens2-normal-1b",
+            license="sapiens2-license",
+            note="for images of people; a licence of Meta's own. Take a commit with files for transformers",
+            citation="Sapiens2, 2026, arXiv:2604.21681",
+        ),
+    ),
+)
+
 
 @register("normal")
 class Normal(NetworkLabeler):
@@ -42,6 +72,7 @@ class Normal(NetworkLabeler):
     """
 
     modality: ClassVar[Modality] = NORMAL
+    card: ClassVar[Card | None] = CARD
     default_model: ClassVar[str | None] = "shipped:normal"
     expected: ClassVar[str] = "a normals network with 3 output channels"
     options: ClassVar[Mapping[str, Any]] = {**NETWORK_OPTIONS, "axis_signs": [1, 1, 1]}

@@ -10,6 +10,7 @@ import numpy as np
 
 from fourmill.errors import ConfigError
 from fourmill.labelers.base import LabelBatch, Labeler, LabelerSettings, register
+from fourmill.labelers.card import Card
 from fourmill.labelers.normal import NORMAL
 from fourmill.labels import Absent, Label
 from fourmill.modality import Modality
@@ -28,6 +29,10 @@ class NormalFromDepth(Labeler):
     """
 
     modality: ClassVar[Modality] = NORMAL
+    card: ClassVar[Card | None] = Card(
+        expects="the label `depth`, in metres; of relative depth the normals are bent",
+        note="no weights: its labels are as free as those of `depth`. 4M used a network (see the card of `normal`)",
+    )
     inputs: ClassVar[tuple[str, ...]] = ("label:depth",)
     options: ClassVar[Mapping[str, Any]] = {"fov_deg": 60.0}
 

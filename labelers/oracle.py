@@ -12,6 +12,7 @@ import numpy as np
 
 from fourmill.crops import resize_map
 from fourmill.labelers.base import LabelBatch, Labeler, register
+from fourmill.labelers.card import Card
 from fourmill.labelers.depth import DEPTH
 from fourmill.labelers.det import DET
 from fourmill.labelers.normal import NORMAL
@@ -26,6 +27,9 @@ class Oracle(Labeler):
     """The source's truth, resized to the frame where the dataset decodes at another size."""
 
     inputs: ClassVar[tuple[str, ...]] = ("truth",)
+    card: ClassVar[Card | None] = Card(
+        expects="a source with ground truth, such as `scenes`", note="no weights: the truth itself"
+    )
 
     def describe(self) -> Modality:
         classes = self.params.get("classes")

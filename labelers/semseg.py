@@ -10,6 +10,7 @@ import numpy as np
 
 from fourmill.errors import CheckpointError
 from fourmill.labelers.base import register
+from fourmill.labelers.card import LETTERBOXED, Card, Weights
 from fourmill.labelers.letterbox import Placement, map_to_frame
 from fourmill.labelers.network import NetworkLabeler, class_names
 from fourmill.labels import Label
@@ -32,6 +33,46 @@ SEMSEG = Modality(
     ),
 )
 
+_UPERNET = (
+    "Xiao et al., Unified Perceptual Parsing, ECCV 2018, arXiv:1807.10221; Liu et al., A ConvNet for the 2020s, "
+    "CVPR 2022, arXiv:2201.03545"
+)
+
+CARD = Card(
+    expects=LETTERBOXED,
+    default=Weights(
+        model="openmmlab/upernet-convnext-tiny",
+        revision="876ffc56b819a829448f7e81e9f8606deef6fb65",
+        license="MIT",
+        note="150 classes of ADE20K",
+        citation=_UPERNET,
+    ),
+    paper=Weights(
+        model="facebook/mask2former-swin-base-coco-panoptic",
+        revision="853c97b51d851289775a7fcc82208fe10167b8ed",
+        license="CC-BY-NC-4.0",
+        note="133 classes of COCO panoptic. The hub says `other`; the licence is that of the model zoo from which the "
+        "weights came (the code is MIT)",
+        citation="Cheng et al., Mask2Former, CVPR 2022, arXiv:2112.01527",
+    ),
+    others=(
+        Weights(
+            model="openmmlab/upernet-convnext-base",
+            revision="13a9c410ff779f25236a8d24802d2742e4694e9c",
+            license="MIT",
+            note="150 classes of ADE20K",
+            citation=_UPERNET,
+        ),
+        Weights(
+            model="nvidia/segformer-b0-finetuned-ade-512-512",
+            revision="489d5cd81a0b59fab9b7ea758d3548ebe99677da",
+            license="NVIDIA Source Code License (non-commercial)",
+            note="150 classes of ADE20K; the smallest of these. The hub says `other`",
+            citation="Xie et al., SegFormer, NeurIPS 2021, arXiv:2105.15203",
+        ),
+    ),
+)
+
 #: what the channels of a normals network are called, and what transformers calls classes without a name
 AXES = {"x", "y", "z"}
 _NO_NAME = re.compile(r"LABEL_\d+")
@@ -46,6 +87,7 @@ class Semseg(NetworkLabeler):
     """
 
     modality: ClassVar[Modality] = SEMSEG
+    card: ClassVar[Card | None] = CARD
     default_model: ClassVar[str | None] = "shipped:semseg"
     expected: ClassVar[str] = "a semantic segmentation network"
     auto_classes: ClassVar[Mapping[str, tuple[str, ...]]] = {

@@ -1,12 +1,13 @@
 """A snapshot pins what a training run reads: shards, recipes and hashes, under one digest.
 
-It is registered in the dataset before anyone reads it, and holds no absolute path, so a dataset can move.
+It is registered in the dataset before anyone reads it, and refers to nothing by an absolute path, so a dataset can move.
+By modality it also says whose weights its values are made with, and under which licences.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from fourmill.errors import DatasetError, WorkMissing
 from fourmill.modality import LabelContract, Modality
 from fourmill.shards.arrow import Column, open_column
 from fourmill.shards.dataset import SAMPLES, Dataset, modality_json
-from fourmill.shards.receipts import canonical, sha256
+from fourmill.shards.receipts import Receipt, canonical, sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Snapshot:
             raise WorkMissing(f"{dataset.url} has no finished shard yet; run `fourmill build` first")
         samples = dataset.receipts(SAMPLES, samples_short)
         columns = {name: dataset.receipts(name, short) for name, short in recipes.items()}
-        shards = []
+        shards: list[dict[str, Any]] = []
         for index, receipt in samples.items():
             if not all(index in column for column in columns.values()):
                 continue
@@ -140,6 +141,7 @@ class Snapshot:
                     **modality_json(modalities[name]),
                     "recipe": recipes[name],
                     "tokenizer": tokenizers.get(name),
+                    "provenance": provenances(columns[name][shard["index"]] for shard in shards),
                 }
                 for name in sorted(recipes)
             },
@@ -178,6 +180,12 @@ class Snapshot:
             for s in content["shards"]
         ]
         return cls(dataset, digest, content, modalities, shards)
+
+
+def provenances(receipts: Iterable[Receipt]) -> list[dict[str, Any]]:
+    """How the receipts' columns were made: labeler, model, weights, licences; each way once, in one order."""
+    found = {canonical(receipt.provenance): receipt.provenance for receipt in receipts}
+    return [found[text] for text in sorted(found) if found[text]]
 
 
 def _modality(entry: dict[str, Any]) -> Modality:

@@ -25,7 +25,7 @@ from fourmill.flows import cli
 
 COMMANDS = (
     "demo", "plan", "build", "label", "tokenize", "fit-tokenizers", "train",
-    "status", "report", "export", "inspect", "gc", "doctor",
+    "status", "report", "export", "inspect", "gc", "doctor", "labelers",
 )  # fmt: skip
 
 

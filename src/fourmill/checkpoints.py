@@ -133,10 +133,10 @@ def fetch(checkpoint: Checkpoint, where: str) -> Checkpoint:
     """
     if checkpoint.folder is not None:
         return checkpoint
-    folder = _cached_snapshot(checkpoint, where)
+    folder = cached_snapshot(checkpoint, where)
     if folder is None:
         with _hub_errors(checkpoint, where), _lock(checkpoint):
-            folder = _cached_snapshot(checkpoint, where) or _download_snapshot(checkpoint, where)
+            folder = cached_snapshot(checkpoint, where) or _download_snapshot(checkpoint, where)
     return Checkpoint(str(folder), None, checkpoint.identity)
 
 
@@ -154,6 +154,11 @@ def _hub_file(checkpoint: Checkpoint, name: str, where: str) -> Path:
     return path
 
 
+def cached_file(checkpoint: Checkpoint, name: str) -> Path | None:
+    """A file of a hub checkpoint in the local cache, or None; asks no hub."""
+    return _in_cache(checkpoint, name)[1]
+
+
 def _in_cache(checkpoint: Checkpoint, name: str) -> tuple[bool, Path | None]:
     """Whether the cache knows this file, and where it lies: (True, None) says that the repository lacks it."""
     from huggingface_hub import try_to_load_from_cache
@@ -165,8 +170,8 @@ def _in_cache(checkpoint: Checkpoint, name: str) -> tuple[bool, Path | None]:
     return found is not None, Path(found) if isinstance(found, str) else None
 
 
-def _cached_snapshot(checkpoint: Checkpoint, where: str) -> Path | None:
-    """The cache's folder of this commit, if nothing that a labeler needs is missing."""
+def cached_snapshot(checkpoint: Checkpoint, where: str) -> Path | None:
+    """The cache's folder of this commit of a hub id, if nothing that a labeler needs is missing; asks no hub."""
     _, config = _in_cache(checkpoint, CONFIG)
     first, *others = (_in_cache(checkpoint, name) for name in PREPROCESSORS)
     if config is None or not (first[1] or (first[0] and all(known for known, _ in others))):

@@ -34,6 +34,7 @@ class TokenizerConfig(BaseModel):
 
     model: str | None = None
     revision: str | None = None
+    license: str | None = None  # of a given one, where its folder names none
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,6 +49,7 @@ class ModalityConfig(BaseModel):
     labeler: str | None = None
     model: str | None = None
     revision: str | None = None
+    license: str | None = None  # of the weights: goes into receipts and snapshots, and changes no recipe
     batch_size: int | None = Field(default=None, ge=1, le=4096)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     keep_labels: bool = False
