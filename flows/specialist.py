@@ -278,7 +278,7 @@ def crop_label(
         )
     if contract.form == "boxes":
         return crop_boxes(label, crop, _hw(size))
-    if contract.form == "features":
+    if contract.form == "features" or (contract.form == "vector" and np.ndim(label) == 2):  # by crop
         return label[index]
     if contract.form == "text":
         return label[index % len(label)]

@@ -127,8 +127,9 @@ class _Suite:
                 f"describe() gives {described.contract.form} {described.name!r}, the class declares "
                 f"{self.cls.modality.contract.form} {self.cls.modality.name!r}"
             )
-        if not wrong and described.contract.channels == 0:
-            wrong = "describe() leaves contract.channels at 0; say how many there are"
+        has_channels = described.contract.form in ("features", "vector") or described.contract.channels == 0
+        if not wrong and has_channels and not described.contract.channels:
+            wrong = f"describe() leaves contract.channels at {described.contract.channels}; say how many there are"
         if wrong:
             raise _Broken(wrong)
         return f"{described.name}, a {described.kind} of {described.contract.form} labels"

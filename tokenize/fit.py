@@ -25,7 +25,7 @@ from fourmill.modality import Modality
 from fourmill.tokenize.base import codecs
 from fourmill.tokenize.boxes import BoxesCodec
 from fourmill.tokenize.pixels import PixelsCodec
-from fourmill.tokenize.spaces import Depth, Features, space_name
+from fourmill.tokenize.spaces import Depth, Features, Vector, space_name
 from fourmill.tokenize.text import TextCodec
 from fourmill.tokenize.vocabulary import MAX_VOCABULARY, Vocabulary, train_vocabulary
 from fourmill.tokenize.vqvae import VQVAE, VQConfig
@@ -223,12 +223,14 @@ def _fresh_codec(
 ) -> VQVAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if space_name(modality.contract) != Features.name:
-            codec = VQVAE(modality, image_size, config)
-        else:
-            height, width, channels = np.shape(labels[0])
-            codec = VQVAE(modality, image_size, config, grid=(height, width), channels=channels)
+        space = space_name(modality.contract)
+        if space in (Features.name, Vector.name):
+            shape = np.shape(labels[0])
+            grid = (shape[0], shape[1]) if space == Features.name else None
+            codec = VQVAE(modality, image_size, config, grid=grid, channels=shape[-1])
             _set_standardisation(codec, labels)
+        else:
+            codec = VQVAE(modality, image_size, config)
         for module in codec.network.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -2,7 +2,8 @@
 
 A *space* is chosen by the modality's label contract: ``bounded`` maps (images, normals, edges), ``depth``,
 ``classes`` (semantic segmentation), ``features`` (dense patch features). It knows the network's input and
-output, the reconstruction loss, the flip, and the figures by which a round trip is judged.
+output, the reconstruction loss, the flip, and the figures by which a round trip is judged. A *vector* is features
+without a place: its space lays pieces of it side by side.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fourmill.errors import ConfigError, ContractError
 from fourmill.modality import LabelContract, Modality
 
 _IMAGE_AXES = (0, 3, 1, 2)
+MOST_PIECES = 16  # tokens of a vector; 4M-21 gives its global features as many
 
 
 class Space(ABC):
@@ -226,6 +228,11 @@ class Features(Space):
         super().__init__(modality)
         self.channels = self.out_channels = channels
 
+    @property
+    def label_channels(self) -> int:
+        """C of a label."""
+        return self.channels
+
     def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
         return (*grid, self.channels)
 
@@ -244,8 +251,60 @@ class Features(Space):
 
     def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
         a, b = np.stack(labels).astype(np.float64), np.stack(decoded).astype(np.float64)
-        mean = a.mean((0, 1, 2))  # features of one network share much of their direction: take that away too
+        mean = a.mean(
+            tuple(range(a.ndim - 1))
+        )  # features of one network share much of their direction: away with it
         return {"cosine": _cosine(a, b), "centred_cosine": _cosine(a - mean, b - mean)}
+
+
+class Vector(Features):
+    """One vector (C,) float32 per crop, as up to `MOST_PIECES` tokens.
+
+    The vector is cut into equal pieces, the last filled up with zeros, that stand in a grid of one row: the network
+    (B, C / pieces, 1, pieces) mixes them before it quantizes each.
+    """
+
+    name = "vector"
+
+    def __init__(self, modality: Modality, length: int) -> None:
+        width = -(-length // MOST_PIECES)
+        self.length, self.pieces = length, -(-length // width)
+        super().__init__(modality, width)
+
+    @property
+    def label_channels(self) -> int:
+        return self.length
+
+    def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
+        return (self.length,)
+
+    def to_network(self, labels: np.ndarray) -> Tensor:
+        filled = np.zeros((len(labels), self.pieces * self.channels), np.float32)
+        filled[:, : self.length] = labels
+        return torch.from_numpy(filled).unflatten(1, (self.pieces, self.channels)).transpose(1, 2)[:, :, None]
+
+    def to_labels(self, output: Tensor) -> list[np.ndarray]:
+        values = self._flat(output)
+        if self.contract.unit_norm:
+            values = _unit(values)
+        values = values.clamp(self.contract.low, self.contract.high) if self._is_bounded else values
+        return list(values.float().cpu().numpy().astype(self.contract.dtype))
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        scale = target.std().clamp_min(1e-6)
+        near = F.smooth_l1_loss(output / scale, target / scale)
+        return near + (1 - F.cosine_similarity(self._flat(output), self._flat(target), dim=1)).mean()
+
+    def flip(self, batch: Tensor, chosen: Tensor) -> Tensor:
+        return batch
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self.contract.low is not None or self.contract.high is not None
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """(B, C / pieces, 1, pieces) to (B, C)."""
+        return values[:, :, 0].transpose(1, 2).flatten(1)[:, : self.length]
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -266,6 +325,8 @@ def space_name(contract: LabelContract) -> str:
     """Which space a contract asks for."""
     if contract.form == "features":
         return Features.name
+    if contract.form == "vector":
+        return Vector.name
     if contract.form not in ("map", "image"):
         raise ConfigError(f"labels of form {contract.form!r} are not grids; the vqvae codec cannot take them")
     if contract.classes or contract.units == "class id":

@@ -27,7 +27,7 @@ from fourmill.labels import Label
 from fourmill.modality import Modality
 from fourmill.tokenize.base import Codec, Value, check_made_for, read_config, register
 from fourmill.tokenize.quantizers import Quantizer, make_quantizer
-from fourmill.tokenize.spaces import Bounded, Classes, Depth, Features, Space, space_name
+from fourmill.tokenize.spaces import Bounded, Classes, Depth, Features, Space, Vector, space_name
 
 MAX_CODES = 1 << 16  # ids are stored as uint16
 _WEIGHTS = "model.safetensors"
@@ -202,7 +202,9 @@ def _blocks(config: VQConfig, depth: int) -> nn.Sequential:
 
 @register("vqvae")
 class VQVAE(Codec):
-    """Maps of shape (S, S[, C]) or features (h, w, C) <-> uint16 (h*w,), row by row from the top left."""
+    """Maps of shape (S, S[, C]) or features (h, w, C) <-> uint16 (h*w,), row by row from the top left; vectors (C,)
+    <-> uint16 (n,), piece by piece.
+    """
 
     family = "vqvae"
     needs_fit = True
@@ -217,10 +219,12 @@ class VQVAE(Codec):
         channels: int | None = None,
         card: dict[str, Any] | None = None,
     ) -> None:
-        """``grid`` and ``channels`` are needed for features alone, whose labels set them."""
+        """``grid`` and ``channels`` are needed for features alone (of vectors ``channels``), whose labels set them."""
         self.image_size, self.config, self.card = image_size, config, card or {}
         self.space = make_space(modality, config, channels)
-        if isinstance(self.space, Features):
+        if isinstance(self.space, Vector):
+            self.grid = (1, self.space.pieces)
+        elif isinstance(self.space, Features):
             if grid is None:
                 raise ConfigError(f"modality {modality.name!r}: a tokenizer of features needs their grid")
             self.grid = grid
@@ -308,7 +312,7 @@ class VQVAE(Codec):
         import yaml
 
         folder.mkdir(parents=True, exist_ok=True)
-        channels = self.space.channels if isinstance(self.space, Features) else None
+        channels = self.space.label_channels if isinstance(self.space, Features) else None
         config = {
             "family": self.family,
             "modality": self.modality.name,
@@ -372,4 +376,4 @@ def make_space(modality: Modality, config: VQConfig, channels: int | None) -> Sp
         raise ConfigError(
             f"modality {modality.name!r}: its features have {channels} channels, declared are {declared}"
         )
-    return Features(modality, declared)
+    return Vector(modality, declared) if name == Vector.name else Features(modality, declared)

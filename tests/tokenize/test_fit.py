@@ -71,6 +71,29 @@ def test_the_same_seed_gives_the_same_tokenizer(tmp_path: Path) -> None:
     assert codec_hash(tmp_path / "a") == codec_hash(tmp_path / "b") != codec_hash(tmp_path / "c")
 
 
+def test_a_vector_becomes_a_few_tokens(tmp_path: Path) -> None:
+    """Mixtures of three fixed vectors: much closer than the mean of all, and the same from a saved codec."""
+    contract = LabelContract(form="vector", dtype="float32", channels=24, low=0.0)
+    histogram = Modality(name="histogram", kind="vector", codec="vqvae", contract=contract)
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0, 1, (3, 24))
+    labels: list[Label] = [(rng.dirichlet([0.5] * 3) @ base).astype(np.float32) for _ in range(96)]
+    options = {**TINY, "steps": 200}
+    out = fit_codec(
+        histogram, labels[:80], labels[80:], image_size=SIZE, options=options, out=tmp_path / "histogram"
+    )
+    codec = load_codec(out, histogram, SIZE)
+    assert (codec.modality.num_tokens, codec.modality.vocab_size) == (12, 64)
+    decoded = np.stack(codec.decode(codec.encode(labels[80:])))
+    error, trivial = (
+        float(((other - np.stack(labels[80:])) ** 2).mean())
+        for other in (decoded, np.mean(labels[:80], axis=0))
+    )
+    assert error < 0.4 * trivial
+    card = yaml.safe_load((out / "card.yaml").read_text())
+    assert 0.3 < card["held_out"]["centred_cosine"] <= card["held_out"]["cosine"] <= 1
+
+
 def test_features_are_standardised_and_their_grid_comes_from_the_labels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     centre = rng.normal(size=12) * 20

@@ -53,7 +53,14 @@ SEMSEG = grid(
 )
 CLIP = grid("clip", form="features", dtype="float32", channels=0, flip="none")
 EDGES = grid("edges", form="map", dtype="uint8", low=0, high=255)
-ALL = (RGB, DEPTH, DISPARITY, NORMAL, SEMSEG, CLIP, EDGES)
+#: 47 numbers: sixteen pieces of three, with one place left over
+HISTOGRAM = Modality(
+    name="histogram",
+    kind="vector",
+    codec="vqvae",
+    contract=LabelContract(form="vector", dtype="float32", channels=47, low=0.0, high=1.0),
+)
+ALL = (RGB, DEPTH, DISPARITY, NORMAL, SEMSEG, CLIP, EDGES, HISTOGRAM)
 
 
 def some_label(modality: Modality, rng: np.random.Generator) -> np.ndarray:
@@ -69,6 +76,8 @@ def some_label(modality: Modality, rng: np.random.Generator) -> np.ndarray:
         return rng.integers(0, 3, shape).astype(np.uint8)
     if modality.name == "disparity":
         return rng.normal(size=shape).astype(np.float32)
+    if modality.name == "histogram":
+        return rng.uniform(0, 1, 47).astype(np.float32)
     return rng.integers(0, 256, (*shape, 3) if modality.name == "rgb" else shape).astype(np.uint8)
 
 
@@ -124,6 +133,8 @@ def test_tokens_and_decoded_labels_keep_their_contracts(modality: Modality) -> N
             assert np.allclose(np.linalg.norm(decoded, axis=-1), 1, atol=1e-5)
         if modality.name == "semseg":
             assert decoded.max() < len(CLASSES)
+        if modality.name == "histogram":
+            assert decoded.min() >= 0 and decoded.max() <= 1
     assert codec.encode([]) == [] and codec.decode([]) == []
 
 
