@@ -30,6 +30,10 @@ NETWORK_OPTIONS: Mapping[str, Any] = {"input_size": None, "attention": "auto"}
 #: residual unit of a DPT neck's first fusion layer (which has no residual; the MiDaS checkpoints omit it).
 _NEVER_READ = re.compile(r"num_batches_tracked$|^neck\.fusion_stage\.layers\.0\.residual_layer1\.")
 
+#: Families whose published checkpoints hold the heads of several tasks: which one they were saved from says nothing
+#: of which can be loaded. One that lacks the head is refused for its missing weights.
+_MANY_HEADS = ("tipsv2_dpt",)
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
@@ -195,7 +199,8 @@ class NetworkLabeler(Labeler):
         family, saved = config.get("model_type", "(none)"), config.get("architectures") or []
         found = [name for name, families in self.auto_classes.items() if family in families]
         made = {name: modeling_auto.__dict__[_MAPPINGS[name]][family] for name in found if name in _MAPPINGS}
-        matching = [name for name in found if name not in made or not saved or made[name] in saved]
+        any_head = not saved or family in _MANY_HEADS
+        matching = [name for name in found if name not in made or any_head or made[name] in saved]
         if matching:
             return matching[0]
         known = sorted(

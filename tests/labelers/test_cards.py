@@ -15,10 +15,12 @@ from small_builds import call_main
 from fourmill import licenses
 from fourmill.checkpoints import Checkpoint
 from fourmill.config import load_config
+from fourmill.errors import CheckpointError
 from fourmill.flows.labeler_cards import card_json, card_report, output
 from fourmill.labelers.base import LabelerSettings, labelers
 from fourmill.labelers.card import Card, Weights, license_of
 from fourmill.labelers.network import NetworkLabeler
+from fourmill.labelers.quality import check
 from fourmill.labels import Boxes
 from fourmill.modality import LabelContract, Modality
 from fourmill.shards.sources.scenes import render
@@ -81,6 +83,75 @@ def test_the_readme_says_the_same(name: str) -> None:
     default, paper = card.default, card.paper
     row = f"| `{name}` | `{default.model}` | {default.license} | {paper.model} | {paper.license} |"
     assert row in README.read_text()
+
+
+def _upernet() -> Any:
+    import transformers as hf
+
+    backbone = hf.ConvNextConfig(
+        hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"]
+    )
+    return hf.UperNetForSemanticSegmentation(
+        hf.UperNetConfig(
+            backbone_config=backbone, hidden_size=8, pool_scales=[1, 2], auxiliary_channels=8,
+            auxiliary_in_channels=8, id2label={0: "wall", 1: "sky"},
+        )
+    )  # fmt: skip
+
+
+def _rt_detr_v2() -> Any:
+    import transformers as hf
+
+    backbone = hf.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    return hf.RTDetrV2ForObjectDetection(
+        hf.RTDetrV2Config(
+            backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[8] * 3, encoder_layers=1,
+            encoder_ffn_dim=16, encoder_attention_heads=2, d_model=16, decoder_in_channels=[16] * 3, decoder_layers=2,
+            decoder_ffn_dim=16, decoder_attention_heads=2, decoder_n_points=2, num_queries=7, num_denoising=0,
+            id2label={0: "cat", 1: "dog"},
+        )
+    )  # fmt: skip
+
+
+def _tipsv2() -> Any:
+    import transformers as hf
+
+    vision = hf.Tipsv2VisionConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=56, patch_size=14,
+        out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False,
+    )  # fmt: skip
+    return hf.Tipsv2DptForNormalEstimation(
+        hf.Tipsv2DptConfig(backbone_config=vision, neck_hidden_sizes=[8] * 4, fusion_hidden_size=8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "side"),
+    [("semseg", _upernet, 64), ("det", _rt_detr_v2, 64), ("normal", _tipsv2, 56)],
+)
+def test_the_architectures_that_cards_choose_load(
+    kit: Any, tmp_path: Path, name: str, make: Any, side: int
+) -> None:
+    make().save_pretrained(tmp_path)
+    kit.write_preprocessor(tmp_path, side)
+    labeler = kit.labeler(name, tmp_path)
+    labeler.load()
+    batch = kit.batch_of((40, 60))
+    check(labeler.describe(), labeler.label(batch), batch.frames)
+
+
+def test_a_checkpoint_of_several_heads_is_asked_for_its_weights(kit: Any, tmp_path: Path) -> None:
+    """Published ones name the class of all heads together; one that has no head for normals is still refused."""
+    _tipsv2().save_pretrained(tmp_path)
+    kit.write_preprocessor(tmp_path, 56)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["AllHeadsTogether"]}))
+    kit.labeler("normal", tmp_path).load()
+    with pytest.raises(CheckpointError, match=r"lacks \d+ weights of a depth network"):
+        kit.labeler("depth", tmp_path).load()
 
 
 # -- what labels are, from the contract ---------------------------------------------------------------
