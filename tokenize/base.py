@@ -23,6 +23,9 @@ from fourmill.registry import Registry
 codecs: Registry[Codec] = Registry("codec", "fourmill.tokenize")
 register = codecs.register
 
+#: the family of released 4M tokenizers, and what tells their config.json
+PUBLISHED, PUBLISHED_KEYS = "published", {"enc_type", "dec_type", "quant_type"}
+
 #: One stored cell: uint16 (n,) for grid, vector and sequence; bytes for pixels; float16 (n,) for embeddings; float.
 Value = np.ndarray | bytes | float
 
@@ -35,6 +38,8 @@ class Codec(ABC):
 
     family: ClassVar[str]
     needs_fit: ClassVar[bool] = False
+    #: of weights that somebody else published
+    license: ClassVar[str | None] = None
 
     modality: Modality
     image_size: int
@@ -64,14 +69,20 @@ class Codec(ABC):
 def load_codec(folder: Path, modality: Modality, image_size: int) -> Codec:
     """The codec in ``folder``, of whichever family its config.json names."""
     config = read_config(folder)
+    if "family" not in config:
+        raise CheckpointError(
+            f"tokenizer folder {folder}: config.json names no `family`, and is not a published 4M tokenizer's either"
+        )
     return codecs.get(config["family"]).load(folder, modality, image_size)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. That of a published 4M tokenizer has no `family` of ours: "published" is filled in."""
     try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"tokenizer folder {folder}: cannot read config.json: {error}") from error
+    return {"family": PUBLISHED, **config} if PUBLISHED_KEYS <= config.keys() else config
 
 
 def check_made_for(folder: Path, config: dict[str, Any], modality: Modality, image_size: int) -> None:

@@ -29,8 +29,6 @@ from fourmill.tokenize.published_vit import VIT_SIZES, Bottleneck, ViT, ViTDecod
 from fourmill.tokenize.quantizers import Quantizer
 from fourmill.tokenize.unet import UNET_SIZES, PatchedUNet
 
-#: a config.json with these keys and no `family` is a released one
-SIGNS = ("enc_type", "dec_type", "quant_type")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DECODER = ("decoder.", "post_quant_proj.")
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -148,11 +146,10 @@ class PublishedNetwork(nn.Module):
         """Ids int64 (B, h, w); (B, heads, h, w) of Memcodes."""
         return self.quantize.quantize(self.latents(x))[1]
 
-    def decode(self, quantized: Tensor, size: tuple[int, int] | None = None, steps: int = 25) -> Tensor:
+    def decode(self, quantized: Tensor, steps: int = 25, clip: bool | None = None) -> Tensor:
         """Code vectors (B, L, h, w) to the output (B, C, H, W), or logits of the classes.
 
-        A diffusion decoder takes ``steps`` from one fixed noise of ``size`` (H, W; patch_size pixels per token
-        by default), so that a map depends on its tokens alone.
+        A diffusion decoder takes ``steps`` from one fixed noise, with ``clip`` as in `denoised`.
         """
         if self.decoder is None:
             raise ConfigError(
@@ -160,13 +157,11 @@ class PublishedNetwork(nn.Module):
             )
         if self.post_quant_proj is not None:
             return self.decoder(self.post_quant_proj(quantized))
-        height, width = size or tuple(side * self.config.patch_size for side in quantized.shape[2:])
+        height, width = (side * self.config.patch_size for side in quantized.shape[2:])
         seeded = torch.Generator().manual_seed(0)
         noise = torch.randn((1, self.config.n_channels, height, width), generator=seeded)
-        *_, image = self.denoised(
-            noise.to(quantized.device).expand(len(quantized), -1, -1, -1), quantized, steps
-        )
-        return image
+        noise = noise.to(quantized.device).expand(len(quantized), -1, -1, -1)
+        return self.denoised(noise, quantized, steps, clip)[-1]
 
     def denoised(
         self, noise: Tensor, quantized: Tensor, steps: int, clip: bool | None = None
