@@ -36,12 +36,20 @@ class Use:
 
 
 def uses(dataset: Dataset, run: dict[str, Any] | None = None) -> list[Use]:
-    """By modality, labelers first: what made the finished shards that the newest run asks for, kept labels too."""
+    """By modality, labelers first: what made the finished shards that the newest run asks for, kept labels too.
+
+    A licence that nobody had named when a shard was made is the one that the newest run's configuration names since.
+    """
     run = run or latest_run(dataset)
+    entries = run.get("config", {}).get("modalities", {})
     counts: dict[tuple[str, str, str | None, str | None, str | None], set[int]] = {}
     for name, short in _columns(run):
         for shard, receipt in dataset.receipts(name, short).items():
             for labeler, model, revision, named in _made_with(receipt.provenance):
+                if named == UNKNOWN:
+                    entry = entries.get(name) or {}
+                    entry = entry.get("tokenizer") or {} if labeler == TOKENIZER else entry
+                    named = entry.get("license") or UNKNOWN
                 counts.setdefault((name, labeler, model, revision, named), set()).add(shard)
     return [
         Use(name, labeler, model, revision, named, terms(named) if named else None, len(shards))

@@ -21,7 +21,10 @@ PERMISSIVE = (
     "Apache-2.0", "MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "ISC", "Zlib", "BSL-1.0", "CC0-1.0",
     "CC-BY-3.0", "CC-BY-4.0", "Unlicense",
 )  # fmt: skip
-_SPDX = {name.lower(): name for name in PERMISSIVE}
+_OTHERS = (
+    "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "CC-BY-NC-ND-4.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "GPL-3.0", "AGPL-3.0",
+)  # fmt: skip
+_SPDX = {name.lower(): name for name in (*PERMISSIVE, *_OTHERS)}  # the hub writes them in lower case
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)|non-?commercial|research", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*(\n|\Z)", re.DOTALL)
 
@@ -39,7 +42,7 @@ def terms(license: str) -> Terms:
     """What kind of licence a name stands for; one that is not known here has conditions."""
     if not license or license.lower() in (UNKNOWN, "other"):
         return "unknown"
-    if license.lower() in _SPDX:
+    if _SPDX.get(license.lower()) in PERMISSIVE:
         return "permissive"
     return "non-commercial" if _NON_COMMERCIAL.search(license) else "conditions"
 
@@ -54,12 +57,11 @@ def in_checkpoint(checkpoint: Checkpoint) -> str | None:
 
 def in_folder(folder: Path) -> str | None:
     """``license`` of card.yaml, of README.md's front matter, or of config.json; the first that has one."""
-    named = (
+    return (
         _named(_yaml(_text(folder / "card.yaml")))
         or _named(_front_matter(folder / "README.md"))
         or _named(_json(_text(folder / CONFIG)))
     )
-    return named
 
 
 def _named(content: Any) -> str | None:
@@ -70,8 +72,12 @@ def _named(content: Any) -> str | None:
     if str(named).lower() == "other":
         named = content.get("license_name") or named
     if isinstance(named, list):
-        named = " and ".join(str(one) for one in named)
-    return None if not named else _SPDX.get(str(named).lower(), str(named))
+        return " and ".join(_spelt(one) for one in named) or None
+    return _spelt(named) if named else None
+
+
+def _spelt(name: Any) -> str:
+    return _SPDX.get(str(name).lower(), str(name))
 
 
 def _front_matter(readme: Path) -> Any:

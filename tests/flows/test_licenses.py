@@ -85,7 +85,7 @@ def test_receipts_name_it(made: tuple[Path, dict[str, Any]]) -> None:
         "caption": {"null"},
         "depth": {'"unknown"', '"MIT"'},
         "normal": {"null"},
-        "semseg": {'"cc-by-nc-4.0"'},
+        "semseg": {'"CC-BY-NC-4.0"'},
         "clip": {'"Apache-2.0"'},
     }
     caption = next(r for r in found if r["column"] == "caption")["provenance"]
@@ -100,7 +100,7 @@ def test_a_snapshot_names_every_one_once(made: tuple[Path, dict[str, Any]]) -> N
     depth = entries["depth"]["provenance"]
     assert sorted(one["license"] for one in depth) == ["MIT", "unknown"]
     assert {one["labeler"] for one in depth} == {"depth"} and len({one["weights"] for one in depth}) == 1
-    assert [one["license"] for one in entries["semseg"]["provenance"]] == ["cc-by-nc-4.0"]
+    assert [one["license"] for one in entries["semseg"]["provenance"]] == ["CC-BY-NC-4.0"]
     assert entries["normal"]["provenance"] == [
         {"labeler": "oracle_normal", "model": None, "weights": None, "license": None}
     ]
@@ -115,10 +115,9 @@ def test_status_sums_them_up(
     found = {(u["modality"], u["labeler"], u["license"]): u for u in json.loads(capsys.readouterr().out)}
     assert {key: use["shards"] for key, use in found.items()} == {
         ("caption", "(tokenizer)", "unknown"): 2,
-        ("depth", "depth", "unknown"): 1,
-        ("depth", "depth", "MIT"): 1,
+        ("depth", "depth", "MIT"): 2,  # the first shard's was unknown, and is named since
         ("normal", "oracle_normal", None): 2,
-        ("semseg", "semseg", "cc-by-nc-4.0"): 2,
+        ("semseg", "semseg", "CC-BY-NC-4.0"): 2,
         ("clip", "clip", "Apache-2.0"): 2,
     }
     clip = found["clip", "clip", "Apache-2.0"]
@@ -127,8 +126,8 @@ def test_status_sums_them_up(
     monkeypatch.setenv("COLUMNS", "200")
     assert call_main("status", made[0], "--licenses") == 0
     said = capsys.readouterr().out
-    assert "semseg: cc-by-nc-4.0, for non-commercial use only" in said
-    assert "caption, depth: licence unknown" in said
+    assert "semseg: CC-BY-NC-4.0, for non-commercial use only" in said
+    assert "caption: licence unknown" in said
     assert "clip: " not in said, "what is free needs no sentence"
 
 

@@ -286,7 +286,7 @@ def test_who_names_the_licence(tmp_path: Path) -> None:
         ({"README_md": "---\nlicense: apache-2.0\ntags: [x]\n---\n# A"}, "Apache-2.0"),
         ({"README_md": "---\nlicense: other\nlicense_name: some-license\n---\n"}, "some-license"),
         ({"README_md": "---\nlicense: other\n---\n"}, "other"),
-        ({"README_md": "---\nlicense: [mit, cc-by-nc-4.0]\n---\n"}, "mit and cc-by-nc-4.0"),
+        ({"README_md": "---\nlicense: [mit, cc-by-nc-4.0]\n---\n"}, "MIT and CC-BY-NC-4.0"),
         ({"README_md": "# A\nlicense: mit\n"}, None),
         ({"README_md": "---\nlicense: [mit\n---\n"}, None),
         ({"config_json": '{"license": "MIT"}'}, "MIT"),
@@ -310,7 +310,7 @@ def test_a_hub_checkpoint_names_it_in_the_local_cache_alone(
     snapshot = tmp_path / "models--some--net" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    assert licenses.in_checkpoint(checkpoint) == "cc-by-nc-4.0"
+    assert licenses.in_checkpoint(checkpoint) == "CC-BY-NC-4.0"
 
 
 # -- the commands -------------------------------------------------------------------------------------
