@@ -122,21 +122,22 @@ def _parse(path: Path, where: str) -> dict[str, Any]:
 # -- the hub ------------------------------------------------------------------------------------------
 
 
-def fetch(checkpoint: Checkpoint, where: str) -> Checkpoint:
+def fetch(checkpoint: Checkpoint, where: str, preprocessed: bool = True) -> Checkpoint:
     """The checkpoint as a folder on this machine, with the identity that it had. A folder is returned as it is.
 
     Of a hub id the files that a labeler needs are downloaded into the hub's cache: config.json, the
-    preprocessor's, and weights as safetensors, nothing else. A lock in that cache makes processes that want the
+    preprocessor's (not if ``preprocessed`` is false: tokenizers have none), and weights as safetensors, nothing else. A lock in that cache makes processes that want the
     same commit wait for one of them to download it. What is in the cache needs no request and no lock.
     ``where`` names the configuration key for `CheckpointError`: unknown repository or commit, no safetensors, no
     network, a cache that cannot be written.
     """
     if checkpoint.folder is not None:
         return checkpoint
-    folder = cached_snapshot(checkpoint, where)
+    folder = cached_snapshot(checkpoint, where, preprocessed)
     if folder is None:
         with _hub_errors(checkpoint, where), _lock(checkpoint):
-            folder = cached_snapshot(checkpoint, where) or _download_snapshot(checkpoint, where)
+            folder = cached_snapshot(checkpoint, where, preprocessed)
+            folder = folder or _download_snapshot(checkpoint, where, preprocessed)
     return Checkpoint(str(folder), None, checkpoint.identity)
 
 
@@ -170,11 +171,12 @@ def _in_cache(checkpoint: Checkpoint, name: str) -> tuple[bool, Path | None]:
     return found is not None, Path(found) if isinstance(found, str) else None
 
 
-def cached_snapshot(checkpoint: Checkpoint, where: str) -> Path | None:
-    """The cache's folder of this commit of a hub id, if nothing that a labeler needs is missing; asks no hub."""
+def cached_snapshot(checkpoint: Checkpoint, where: str, preprocessed: bool = True) -> Path | None:
+    """The cache's folder of this commit of a hub id, if nothing that `fetch` would get is missing; asks no hub."""
     _, config = _in_cache(checkpoint, CONFIG)
     first, *others = (_in_cache(checkpoint, name) for name in PREPROCESSORS)
-    if config is None or not (first[1] or (first[0] and all(known for known, _ in others))):
+    settled = first[1] or (first[0] and all(known for known, _ in others)) or not preprocessed
+    if config is None or not settled:
         return None
     if _in_cache(checkpoint, WEIGHTS)[1] is None:
         _, index = _in_cache(checkpoint, INDEX)
@@ -184,13 +186,13 @@ def cached_snapshot(checkpoint: Checkpoint, where: str) -> Path | None:
     return config.parent
 
 
-def _download_snapshot(checkpoint: Checkpoint, where: str) -> Path:
+def _download_snapshot(checkpoint: Checkpoint, where: str, preprocessed: bool) -> Path:
     """Weights come last, so that whatever ends this early leaves a snapshot that shows it is not whole."""
     _knock(checkpoint, CONFIG)
     config = _download(checkpoint, CONFIG)
     if config is None:
         raise _lacks(checkpoint, CONFIG, where)
-    for name in PREPROCESSORS:
+    for name in PREPROCESSORS if preprocessed else ():
         if _download(checkpoint, name) is not None:
             break
     whole = _look_up(checkpoint, WEIGHTS)
