@@ -91,7 +91,7 @@ def work_of(view: View) -> Work:
     rows: dict[tuple[int, float], int] = {}
     environment: dict[str, set[str]] = {}
     for column in (SAMPLES, *view.names):
-        for receipt in _receipts(view, column):
+        for receipt in _receipts(view, column).values():
             job = (receipt.shard, receipt.timings.get("total", 0.0))
             known = jobs.setdefault(job, {})
             rows[job] = receipt.rows
