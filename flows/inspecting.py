@@ -28,6 +28,7 @@ from fourmill.shards.receipts import Receipt, sha256
 from fourmill.shards.samples import OK
 from fourmill.shards.tar import Damage, scan_tar
 from fourmill.storage import Store
+from fourmill.tokenize.base import with_family
 
 FIRST_ROWS = 5
 Parts = list[Any]  # of rich renderables
@@ -65,6 +66,7 @@ def _folder(url: str) -> Parts:
                 f"{url}: tokenizers and models are read from this machine; copy the folder here"
             )
         config = read_json(folder.read("config.json"), url) if folder.exists("config.json") else {}
+        config = with_family(dict(config))
         return describe_tokenizer(Path(url), config) if "family" in config else describe_model(Path(url))
     raise ConfigError(
         f"{url}: nothing that fourmill knows; give a dataset, a shard (.arrow, .tar), a receipt (.json), a tokenizer "

@@ -17,6 +17,7 @@ from fourmill.flows.inspecting_show import cells, fact_table, new_table, plain, 
 from fourmill.flows.status import human_bytes
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import canonical, sha256
+from fourmill.tokenize.base import with_family
 
 RUNS_SHOWN = 5
 Parts = list[Any]  # of rich renderables
@@ -38,6 +39,7 @@ def describe_dataset(dataset: Dataset) -> Parts:
             config = (
                 read_json(raw, f"tokenizers/{name}/{short}") if raw else {"family": "damaged: no config.json"}
             )
+            config = with_family({"vocab_size": config.get("codebook_size", ""), **config})
             found = [config.get(k, "") for k in ("family", "vocab_size", "num_tokens")]
             tokenizers.add_row(*cells(name, short, *found))
     snapshots = new_table("snapshot", "rows>", "shards>", "modalities")
@@ -85,7 +87,7 @@ def describe_tokenizer(folder: Path, config: Mapping[str, Any]) -> Parts:
         if path.is_file()
     }
     parts: Parts = [
-        title(f"a tokenizer of {plain(str(config.get('modality')))}"),
+        title(f"a tokenizer of {plain(str(config.get('modality', '4M')))}"),
         fact_table(facts),
         fact_table(config),
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fourmill import crops, licenses
+from fourmill.checkpoints import fetch
 from fourmill.checkpoints import resolve as resolve_checkpoint
 from fourmill.config import Config, ModalityConfig
 from fourmill.errors import ConfigError, nearest
@@ -20,7 +21,7 @@ from fourmill.shards.dataset import ORIGIN, Dataset
 from fourmill.shards.decode import DECODE_VERSION
 from fourmill.shards.receipts import SHORT, Recipe
 from fourmill.shards.sources.base import Source, make_source
-from fourmill.tokenize.base import codec_hash, codecs, load_codec
+from fourmill.tokenize.base import codec_hash, codecs, load_codec, read_config
 
 _HASH = re.compile(r"\b[0-9a-f]{20,}\b")
 
@@ -243,16 +244,14 @@ def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:
         if given.options:
             key = next(iter(given.options))
             raise ConfigError(f"modalities.{wanted.name}.tokenizer.{key}: no such key beside a given `model`")
-        checkpoint = resolve_checkpoint(
-            given.model, given.revision, f"modalities.{wanted.name}.tokenizer.model"
-        )
-        if checkpoint.folder is None:
-            raise ConfigError(
-                f"modalities.{wanted.name}.tokenizer.model: tokenizers are read from folders; {given.model!r} is a hub id"
-            )
-        named = given.license or licenses.in_folder(checkpoint.folder) or licenses.UNKNOWN
-        wanted = replace(wanted, tokenizer_provenance={"tokenizer": given.model, "tokenizer_license": named})
-        return use_tokenizer(wanted, checkpoint.folder, config.image_size)
+        where = f"modalities.{wanted.name}.tokenizer.model"
+        checkpoint = resolve_checkpoint(given.model, given.revision, where)
+        folder = fetch(checkpoint, where, preprocessed=False).folder
+        assert folder is not None
+        wanted = use_tokenizer(wanted, folder, config.image_size)
+        published = codecs.get(read_config(folder)["family"]).license
+        named = given.license or published or licenses.in_folder(folder) or licenses.UNKNOWN
+        return replace(wanted, tokenizer_provenance={"tokenizer": given.model, "tokenizer_license": named})
     try:
         dataset = Dataset(config.dataset)
     except ConfigError:  # not built yet: nothing was fitted

@@ -77,11 +77,15 @@ def load_codec(folder: Path, modality: Modality, image_size: int) -> Codec:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. That of a published 4M tokenizer has no `family` of ours: "published" is filled in."""
+    """config.json, with its family. Raises CheckpointError where it cannot be read."""
     try:
-        config = dict(json.loads((folder / "config.json").read_text()))
+        return with_family(dict(json.loads((folder / "config.json").read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"tokenizer folder {folder}: cannot read config.json: {error}") from error
+
+
+def with_family(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json's content. That of a published 4M tokenizer names no family: "published" is filled in."""
     return {"family": PUBLISHED, **config} if PUBLISHED_KEYS <= config.keys() else config
 
 
