@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fourmill.errors import ContractError
+from fourmill.flows.options import LabelerKind
 from fourmill.flows.progress import console
 
 app = typer.Typer()
+
+
+@app.command("new-labeler", epilog="Example: [bold]fourmill new-labeler shiny --kind image[/bold]")
+def new_labeler(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the labeler and of its modality")],
+    kind: Annotated[LabelerKind, typer.Option(help="what its labels are")] = "image",
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="the folder `labelers` of a checkout: one file and its test, no package"
+        ),
+    ] = None,
+) -> None:
+    """Write a labeler that works, and its test: a package that can be installed, to be changed into your own."""
+    from fourmill.flows.new_labeler import new_labeler as write
+
+    written = write(name, kind, Path(), into)
+    for path in written.files:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    console.print("next:", highlight=False)
+    for command in written.commands:
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+    console.print(f"in a configuration: modalities: {{{name}: {{}}}}", highlight=False, soft_wrap=True)
 
 
 @app.command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,3 +33,5 @@ RetryRejects = Annotated[
         help="try null cells again: all, or those with this reason (see `fourmill status`)",
     ),
 ]
+
+LabelerKind = Literal["image", "features", "vector", "sequence"]
