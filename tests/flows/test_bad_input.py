@@ -118,10 +118,10 @@ MISTAKES: dict[str, tuple[Callable[[Content], Any], int, tuple[str, ...]]] = {
         2,
         ("revision", "'main'"),
     ),
-    "tokenizer on the hub": (
-        put("modalities.rgb", {"tokenizer": {"model": "a/b", "revision": COMMIT}}),
+    "tokenizer on the hub without a commit": (
+        put("modalities.rgb", {"tokenizer": {"model": "a/b"}}),
         2,
-        ("modalities.rgb.tokenizer.model", "folders"),
+        ("modalities.rgb.tokenizer.model", "revision", "40-digit"),
     ),
     "tokenizer of another image size": (
         put("modalities.rgb", {"tokenizer": {"model": "shipped:scenes/rgb"}}),
