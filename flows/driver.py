@@ -17,10 +17,12 @@ from typing import Any, Protocol
 
 from fourmill.config import EngineConfig
 from fourmill.errors import FourmillError, WorkMissing
+from fourmill.flows.cell import REVIVAL_POLL_S
 from fourmill.flows.committing import JobReport
 from fourmill.flows.interrupts import Drain
 from fourmill.flows.plan import Job
-from fourmill.flows.pool import REVIVAL_POLL_S, Pool, lost_errors, root_cause
+from fourmill.flows.pool import Pool
+from fourmill.flows.ray_errors import lost_errors, root_cause
 
 RUNNER_DEATHS = 4  # of runners that hold one shard, before it is parked
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # before a shard is tried again: doubled each time

@@ -11,40 +11,30 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fourmill.config import Config
 from fourmill.errors import ConfigError, FourmillError
 from fourmill.flows import journal
+from fourmill.flows.cell import REVIVAL_POLL_S, REVIVAL_S, Cell
 from fourmill.flows.committing import JobReport
 from fourmill.flows.isolate import Died
 from fourmill.flows.journal import Journal
 from fourmill.flows.micro_batch import MicroBatch, MicroResult
 from fourmill.flows.plan import Job
 from fourmill.flows.progress import say
+from fourmill.flows.ray_errors import lost_errors
 from fourmill.flows.resolve import Resolved, Wanted
 from fourmill.flows.runner import Call, Runner
 from fourmill.flows.specialist import Specialist
 
 CALL_ATTEMPTS = 6  # of one micro-batch, when the actors that it is queued at die
-REVIVAL_POLL_S = 0.2
-REVIVAL_S = 600.0  # an actor that died is back by then, its networks loaded, or will not be
-LOADINGS = 4  # of a cell's specialists, when they die in the middle of it
 POLL_S = 5.0  # how often a waiting runner looks whether its specialist hangs
 RUNNERS = 2  # per cell
 WAITING_S = 60.0  # before a person is told that a run waits for its share of a cluster
-
-
-def lost_errors() -> tuple[type[Exception], ...]:
-    """What Ray raises when the process or the machine that was to answer is gone: bad luck, never the data's fault."""
-    from ray import exceptions as e
-
-    return (
-        e.RayActorError, e.ActorUnschedulableError, e.NodeDiedError, e.WorkerCrashedError, e.ObjectLostError,
-    )  # fmt: skip
 
 
 def device_of(config: Config) -> str:
@@ -181,40 +171,6 @@ def wait_until_up(method: Any) -> Any:
             if time.monotonic() > end:
                 raise
             time.sleep(REVIVAL_POLL_S)
-
-
-@dataclass
-class Cell:
-    """What one node hosts. ``loading``: what its specialists answer once their networks are there -> specialist."""
-
-    node: str
-    specialists: list[Any]
-    names: list[list[str]]
-    loading: dict[Any, Any]
-    runners: list[Any] = field(default_factory=list)
-    deaths: int = 0  # while they loaded
-
-    def is_loaded(self, wait_s: float) -> bool:
-        """Look which specialists are ready; one that died is asked again. Raises what loading raised."""
-        import ray
-
-        if not self.loading:
-            return True
-        done, _ = ray.wait(list(self.loading), num_returns=len(self.loading), timeout=wait_s)
-        for answer in done:
-            specialist = self.loading.pop(answer)
-            try:
-                unwrapped(lambda: ray.get(answer))  # noqa: B023 it is called here
-            except lost_errors() as error:
-                self.deaths += 1
-                if self.deaths >= LOADINGS:
-                    raise FourmillError(
-                        f"specialists died {self.deaths} times while they loaded their networks; is there memory enough? "
-                        f"({' '.join(str(error).split())[:200]})"
-                    ) from error
-                time.sleep(REVIVAL_POLL_S)
-                self.loading[specialist.ready.remote()] = specialist
-        return not self.loading
 
 
 class Pool:
@@ -375,23 +331,3 @@ def _nodes() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The exception that was raised first, however many actors passed it on."""
-    while isinstance(cause := getattr(error, "cause", None), BaseException):
-        error = cause
-    return error
-
-
-def unwrapped(call: Callable[[], Any]) -> Any:
-    """Run ``call``; an error of ours that was raised in an actor comes out as itself."""
-    import ray
-
-    try:
-        return call()
-    except ray.exceptions.RayTaskError as error:
-        cause = root_cause(error)
-        if isinstance(cause, FourmillError):
-            raise cause from None
-        raise
