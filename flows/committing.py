@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fourmill.errors import WorkMissing
 from fourmill.flows.plan import Job
 from fourmill.flows.resolve import Resolved, Wanted
 from fourmill.flows.shard_content import NOT_A_FAULT, ShardContent
+from fourmill.labelers.figures import Tally, judge
 from fourmill.labels import Absent
 from fourmill.seeds import keys_digest
 from fourmill.shards.arrow import column_table, write_table
@@ -74,7 +75,8 @@ class Committer:
             status = content.samples.column("status").to_pylist()
             reasons = [None if s == OK else s for s in status]
             data = write_table(content.samples)
-            self._put(shard, SAMPLES, resolved.samples_recipe, reasons, SAMPLES, data, "arrow", report, None)
+            column = _Column(SAMPLES, resolved.samples_recipe, SAMPLES, "arrow", data, reasons)
+            self._put(shard, column, report)
             committed = self._dataset.receipt(SAMPLES, resolved.samples_recipe.short, job.shard)
             if committed.keys != shard.keys:  # another flow listed the source at another time, and was first
                 raise WorkMissing(
@@ -84,68 +86,74 @@ class Committer:
             status = frozen.column("status").to_pylist()
         for name, wanted in resolved.wanted.items():
             if name in content.labels:
-                cells = _with_status(content.labels[name], status)
-                data = write_labels([row.key for row in rows], cells, wanted.modality)
-                folder = f"labels/{name}"
-                epoch = content.labels_again.epochs.get(name, 0)
-                self._put_checked(
-                    shard, wanted.label_recipe, cells, folder, data, "tar", report, wanted, epoch
-                )
+                self._put_checked(shard, self._labels(wanted, rows, status, content), content, report)
         for name, wanted in resolved.wanted.items():
             if name in content.values:
-                cells = _with_status(content.values[name], status)
-                recipe = wanted.token_recipe()
-                assert recipe is not None
-                meta = {"recipe": recipe.hash, "tokenizer": wanted.tokenizer or ""}
-                data = write_table(column_table(wanted.modality, cells, resolved.config.n_crops, meta))
-                epoch = content.again.epochs.get(name, 0)
-                self._put_checked(
-                    shard, recipe, cells, f"tokens/{name}", data, "arrow", report, wanted, epoch
-                )
+                self._put_checked(shard, self._tokens(wanted, status, content), content, report)
 
-    def _put_checked(
-        self, shard: _Shard, recipe: Recipe, cells: Sequence[Any], folder: str, data: bytes, ending: str,
-        report: JobReport, wanted: Wanted, epoch: int = 0,
-    ) -> None:  # fmt: skip
-        """Commit the column unless too many of its rows have no value."""
-        reasons = [cell.reason if isinstance(cell, Absent) else None for cell in cells]
-        why = too_many_absent(absent_counts(reasons), len(reasons), self.limit(len(reasons)))
+    def _labels(
+        self, wanted: Wanted, rows: Sequence[Row], status: Sequence[str], content: ShardContent
+    ) -> _Column:
+        name, recipe = wanted.name, wanted.label_recipe
+        cells = _with_status(content.labels[name], status)
+        data = write_labels([row.key for row in rows], cells, wanted.modality)
+        epoch = content.labels_again.epochs.get(name, 0)
+        return _Column(name, recipe, f"labels/{name}", "tar", data, _reasons(cells), wanted, epoch)
+
+    def _tokens(self, wanted: Wanted, status: Sequence[str], content: ShardContent) -> _Column:
+        name, recipe = wanted.name, wanted.token_recipe()
+        assert recipe is not None
+        cells = _with_status(content.values[name], status)
+        meta = {"recipe": recipe.hash, "tokenizer": wanted.tokenizer or ""}
+        data = write_table(column_table(wanted.modality, cells, self._resolved.config.n_crops, meta))
+        epoch = content.again.epochs.get(name, 0)
+        return _Column(name, recipe, f"tokens/{name}", "arrow", data, _reasons(cells), wanted, epoch)
+
+    def _put_checked(self, shard: _Shard, column: _Column, content: ShardContent, report: JobReport) -> None:
+        """Commit the column unless too many of its rows have no value, or its figures are beyond their limits."""
+        wanted, rows = column.wanted, len(column.reasons)
+        assert wanted is not None
+        tally = content.tally(column.name)
+        if column.epoch:  # what was measured of the rows that are not made again
+            before = self._dataset.receipt(column.name, column.recipe.short, shard.number)
+            tally.merge(Tally.from_text(before.figures))
+        found = judge(wanted.modality, tally, wanted.limits)
+        why = too_many_absent(absent_counts(column.reasons), rows, self.limit(rows)) or found.refusal
         if why:
-            report.parked[wanted.name] = why
+            report.parked[column.name] = why
         else:
-            self._put(shard, wanted.name, recipe, reasons, folder, data, ending, report, wanted, epoch)
+            self._put(shard, replace(column, figures=tally.to_text(), warnings=found.warnings), report)
 
-    def _put(
-        self, shard: _Shard, column: str, recipe: Recipe, reasons: Sequence[str | None], folder: str, data: bytes,
-        ending: str, report: JobReport, wanted: Wanted | None, epoch: int = 0,
-    ) -> None:  # fmt: skip
+    def _put(self, shard: _Shard, column: _Column, report: JobReport) -> None:
         began = time.perf_counter()
-        name = self._dataset.put_data(folder, shard.number, data, ending)
-        write = time.perf_counter() - began
-        report.spend(f"write {column}", write)
-        if epoch and name == self._dataset.receipt(column, recipe.short, shard.number).file:
+        recipe, data = column.recipe, column.data
+        name = self._dataset.put_data(column.folder, shard.number, data, column.ending)
+        report.spend(f"write {column.name}", time.perf_counter() - began)
+        if column.epoch and name == self._dataset.receipt(column.name, recipe.short, shard.number).file:
             return  # tried again in vain: what is committed stays
         digest, rows_total = self._listing
         receipt = Receipt(
-            column=column,
+            column=column.name,
             recipe=recipe.hash,
             shard=shard.number,
-            rows=len(reasons),
-            absent=absent_counts(reasons),
-            presence=pack_presence(np.array([r is None for r in reasons], bool)),
+            rows=len(column.reasons),
+            absent=absent_counts(column.reasons),
+            presence=pack_presence(np.array([r is None for r in column.reasons], bool)),
             keys=shard.keys,
             file=name,
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
             dataset=self._dataset.digest,
-            source={"digest": digest, "rows_total": rows_total} if column == SAMPLES else {},
-            provenance=_provenance(wanted, recipe.kind),
+            source={"digest": digest, "rows_total": rows_total} if column.name == SAMPLES else {},
+            provenance=_provenance(column.wanted, recipe.kind),
             environment={**self._environment, "batch_size": shard.batch_size},
-            timings=_timings(report, column),
-            **({"epoch": epoch} if epoch else {}),
+            timings=_timings(report, column.name),
+            epoch=column.epoch,
+            figures=column.figures,
+            warnings=list(column.warnings),
         )
         won = self._dataset.commit(recipe, receipt)
-        (report.committed if won else report.lost_races).append(column)
+        (report.committed if won else report.lost_races).append(column.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +161,26 @@ class _Shard:
     number: int
     keys: str  # digest of the key column
     batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A shard's samples, or kept labels or tokens of a modality, as they are to be committed."""
+
+    name: str
+    recipe: Recipe
+    folder: str
+    ending: str
+    data: bytes
+    reasons: Sequence[str | None]  # by row, why it has no value; None where it has one
+    wanted: Wanted | None = None
+    epoch: int = 0
+    figures: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def _reasons(cells: Sequence[Any]) -> list[str | None]:
+    return [cell.reason if isinstance(cell, Absent) else None for cell in cells]
 
 
 def too_many_absent(absent: Mapping[str, int], rows: int, limit: int, seen: int | None = None) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fourmill.labelers.figures import Measured
 from fourmill.labels import Absent, Boxes, Label
 from fourmill.shards.arrow import Cell
 
@@ -69,6 +70,7 @@ class MicroResult:
 
     values: dict[str, list[Cell]] = field(default_factory=dict)
     labels: dict[str, list[Label]] = field(default_factory=dict)
+    measured: dict[str, list[Measured | None]] = field(default_factory=dict)  # of each row's label and tokens
     failed: dict[str, Failure] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # phase, or "phase modality"
 
@@ -76,12 +78,16 @@ class MicroResult:
         """Take over the modalities and the time of another call."""
         self.values |= other.values
         self.labels |= other.labels
+        self.measured |= other.measured
         for phase, seconds in other.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def take_rows(self, other: MicroResult, rows: Collection[int]) -> None:
         """Take over these rows of modalities that both have."""
-        for mine, theirs in ((self.values, other.values), (self.labels, other.labels)):
+        pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (self.values, other.values), (self.labels, other.labels), (self.measured, other.measured),
+        ]  # fmt: skip
+        for mine, theirs in pairs:
             for name, column in theirs.items():
                 for row in rows:
                     mine[name][row] = column[row]
@@ -90,6 +96,8 @@ class MicroResult:
         for columns in (self.values, self.labels):
             for column in columns.values():
                 column[row] = Absent(reason)
+        for measured in self.measured.values():
+            measured[row] = None
 
 
 def _label_bytes(label: Any) -> int:

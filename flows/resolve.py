@@ -16,6 +16,7 @@ from fourmill.checkpoints import resolve as resolve_checkpoint
 from fourmill.config import Config, ModalityConfig
 from fourmill.errors import ConfigError, nearest
 from fourmill.labelers.base import COMMON_KEYS, Labeler, LabelerSettings, labelers
+from fourmill.labelers.figures import Limit, figure_names
 from fourmill.modality import SOURCE_MODALITIES, Modality
 from fourmill.shards.dataset import ORIGIN, Dataset
 from fourmill.shards.decode import DECODE_VERSION
@@ -41,6 +42,7 @@ class Wanted:
     upstream: tuple[str, ...]  # modalities whose labels it needs
     sees_crops: bool
     needs_truth: bool
+    limits: Mapping[str, Limit] = field(default_factory=dict)  # of figures; no part of any recipe
     tokenizer_folder: str | None = None  # on this machine; None: to be fitted
     tokenizer: str | None = None  # full hash
     license: str | None = None  # of the labeler's weights; None: it has none
@@ -118,7 +120,8 @@ def resolve(config: Config) -> Resolved:
     source = make_source(config.source.kind, **config.source.options)
     wanted: dict[str, Wanted] = {}
     for name in _ordered(config):
-        wanted[name] = _wanted(name, config, source, wanted)
+        made = _wanted(name, config, source, wanted)
+        wanted[name] = replace(made, limits=_limits(made, config.modalities[name]))
     for name, entry in wanted.items():
         wanted[name] = _with_tokenizer(entry, config)
     resolved = Resolved(config, source, wanted)
@@ -177,7 +180,7 @@ def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]
             *(k for k in ("model", "revision", "license") if getattr(entry, k) is not None),
         ):
             raise ConfigError(
-                f"modalities.{name}.{key}: unknown key{nearest(key, ['keep_labels', 'tokenizer'])}"
+                f"modalities.{name}.{key}: unknown key{nearest(key, ['keep_labels', 'quality', 'tokenizer'])}"
             )
         modality = SOURCE_MODALITIES[name]
         content: dict[str, Any] = {"labeler": "source", "modality": name, "version": 1}
@@ -235,6 +238,19 @@ def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]
         needs_truth,
         license=labeler.license,
     )
+
+
+def _limits(wanted: Wanted, entry: ModalityConfig) -> dict[str, Limit]:
+    """``quality:`` of a modality, whose keys are figures that are measured of it."""
+    noted = labelers.get(wanted.labeler).notes if wanted.labeler is not None else ()
+    known = figure_names(wanted.modality, noted)
+    for name in entry.quality:
+        if name not in known:
+            raise ConfigError(
+                f"modalities.{wanted.name}.quality.{name}: no such figure{nearest(name, known)}; "
+                f"measured are {', '.join(known)}"
+            )
+    return {name: Limit(**limit.model_dump()) for name, limit in entry.quality.items()}
 
 
 def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from fourmill.flows.plan import Job
 from fourmill.flows.reading import Decoded
 from fourmill.flows.resolve import Resolved
 from fourmill.flows.specialist import NO_CAPTION
+from fourmill.labelers.figures import Measured, Tally
 from fourmill.labels import Absent, Label
 from fourmill.shards.samples import DUPLICATE, sample_table
 from fourmill.shards.sources.base import Row
@@ -38,6 +39,9 @@ class ShardContent:
     def __init__(self, rows: int, job: Job) -> None:
         self.labels: dict[str, list[Label]] = {name: [Absent("not made")] * rows for name in job.labels}
         self.values: dict[str, list[Any]] = {name: [Absent("not made")] * rows for name in job.tokens}
+        self.measured: dict[str, list[Measured | None]] = {
+            n: [None] * rows for n in (*job.labels, *job.tokens)
+        }
         self.again = Again()
         self.labels_again = Again()
         self.samples: pa.Table = None
@@ -64,10 +68,12 @@ class ShardContent:
 
     def fill(self, start: int, result: MicroResult, rows: Sequence[int]) -> None:
         """Take over ``rows`` (within the micro-batch that begins at row ``start``) of what a specialist made."""
-        for target, made, again in (
+        sides: list[tuple[dict[str, list[Any]], Mapping[str, Sequence[Any]], Again]] = [
             (self.labels, result.labels, self.labels_again),
             (self.values, result.values, self.again),
-        ):
+            (self.measured, result.measured, self.again),
+        ]
+        for target, made, again in sides:
             for name, values in made.items():
                 if name in target:
                     redo = again.redo.get(name)
@@ -79,8 +85,16 @@ class ShardContent:
             self.absent[name].update(cells[i].reason for i in rows if isinstance(cells[i], Absent))
 
     def give_up(self, name: str) -> None:
-        for columns in (self.labels, self.values, self.absent):
+        for columns in (self.labels, self.values, self.measured, self.absent):
             columns.pop(name, None)
+
+    def tally(self, name: str) -> Tally:
+        """What was measured of the column's rows."""
+        total = Tally()
+        for measured in self.measured[name]:
+            if measured is not None:
+                total.add(measured)
+        return total
 
 
 def check_unchanged(part: Sequence[Row], skip: Sequence[str | None], decoded: Sequence[Decoded]) -> None:

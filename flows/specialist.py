@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fourmill.flows.journal import Journal
 from fourmill.flows.micro_batch import Failure, MicroBatch, MicroResult
 from fourmill.flows.resolve import Wanted
 from fourmill.labelers.base import LabelBatch, Labeler
+from fourmill.labelers.figures import Measured, measure, measure_tokens
 from fourmill.labelers.quality import check
 from fourmill.labels import Absent, Boxes, Label
 from fourmill.modality import Modality
@@ -61,6 +63,10 @@ class Specialist:
         self._ended: float | None = None  # when the last forward pass was done
         self._calls, self._places = calls, threading.Semaphore(calls)
         self._alone = threading.Lock()
+
+    def is_up(self) -> bool:
+        """That the process is there, whatever it has loaded."""
+        return True
 
     def ready(self) -> dict[str, Any]:
         """Load everything; returns the environment that receipts record."""
@@ -134,10 +140,17 @@ class Specialist:
                 continue
             with self._guarded(name, task, result, "forward"):
                 given = batch.given.get(name)
-                made[name] = self._label(wanted, batch, made, result) if given is None else list(given)
+                noted: dict[str, list[float]] = {}
+                if given is None:
+                    made[name], noted = self._label(wanted, batch, made, result)
+                else:
+                    made[name] = list(given)
+                if name in labels or name in tokens:
+                    result.measured[name] = _measured(wanted, batch, made[name], noted)
             if name in tokens and name in made:
                 with self._guarded(name, task, result, "tokenize"):
                     result.values[name] = self._tokenize(wanted, batch, made[name])
+                    _measure_tokens(wanted.modality, result.values[name], result.measured[name])
         result.labels = {name: made[name] for name in labels if name not in result.failed}
         return result
 
@@ -189,10 +202,10 @@ class Specialist:
 
     def _label(
         self, wanted: Wanted, batch: MicroBatch, made: Mapping[str, list[Label]], result: MicroResult
-    ) -> list[Label]:
-        """One label per row; for a labeler that sees crops, an array with a leading crop axis."""
+    ) -> tuple[list[Label], dict[str, list[float]]]:
+        """One label per row (for a labeler that sees crops, an array with a leading crop axis), and what was noted of each."""
         if wanted.settings is None:
-            return _from_source(wanted.modality, batch)
+            return _from_source(wanted.modality, batch), {}
         assert self._labelers is not None
         labeler = self._labelers[wanted.name]
         whole = LabelBatch(
@@ -207,11 +220,16 @@ class Specialist:
         size = wanted.batch_size or len(batch.frames)
         n_crops = batch.crops.shape[1] if wanted.sees_crops else 1
         out: list[Label] = []
+        notes: dict[str, list[float]] = {}
         for start in range(0, len(batch.frames), size):
             part = _part(whole, start, size)
             with self._turn(result):
                 labels = labeler.label(part)
-            out.extend(labels[: min(size, len(batch.frames) - start) * n_crops])
+                noted = labeler.take_notes()
+            count = min(size, len(batch.frames) - start) * n_crops
+            out.extend(labels[:count])
+            for name, values in noted.items():
+                notes.setdefault(name, []).extend(values[:count:n_crops])
         if len(out) != len(batch.frames) * n_crops:
             raise ContractError(
                 f"labeler {wanted.labeler!r} returned {len(out)} labels for {len(batch.frames) * n_crops} inputs"
@@ -226,9 +244,9 @@ class Specialist:
             [frames[i] for i in live],
             [batch.keys[rows[i]] for i in live],
         )
-        if not wanted.sees_crops:
-            return out
-        return [_stack(out[row * n_crops : (row + 1) * n_crops]) for row in range(len(batch.frames))]
+        if wanted.sees_crops:
+            out = [_stack(out[row * n_crops : (row + 1) * n_crops]) for row in range(len(batch.frames))]
+        return out, notes
 
     def _crop_images(self, batch: MicroBatch) -> np.ndarray:
         """uint8 (B, n_crops, S, S, 3)"""
@@ -265,6 +283,25 @@ class Specialist:
             label if isinstance(label, Absent) else values[row * n_crops : (row + 1) * n_crops]
             for row, label in enumerate(labels)
         ]
+
+
+def _measured(
+    wanted: Wanted, batch: MicroBatch, labels: Sequence[Label], noted: Mapping[str, list[float]]
+) -> list[Measured | None]:
+    """Of each row that has an image; of features and other labels by crop, the first crop."""
+    found: list[Measured | None] = []
+    for row, label in enumerate(labels):
+        one = label[0] if wanted.sees_crops and isinstance(label, np.ndarray) else label
+        of_row = {name: values[row] for name, values in noted.items() if row < len(values)}
+        found.append(measure(wanted.modality, one, of_row) if batch.present[row] else None)
+    return found
+
+
+def _measure_tokens(modality: Modality, cells: Sequence[Cell], measured: list[Measured | None]) -> None:
+    for row, cell in enumerate(cells):
+        of_row = measured[row]
+        if of_row is not None and not isinstance(cell, Absent):
+            measured[row] = replace(of_row, figures={**of_row.figures, **measure_tokens(modality, cell)})
 
 
 def crop_label(
@@ -345,6 +382,4 @@ def _hw(size: np.ndarray) -> tuple[int, int]:
 
 
 def _on_device(settings: Any, device: str) -> Any:
-    from dataclasses import replace
-
     return replace(settings, device=device)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fourmill.checkpoints import Checkpoint, resolve
-from fourmill.errors import ConfigError, nearest
+from fourmill.errors import ConfigError, ContractError, nearest
 from fourmill.labelers.card import Card, license_of
 from fourmill.labels import Label
 from fourmill.modality import Modality
@@ -26,7 +26,8 @@ register = labelers.register
 
 #: keys that every modality of a configuration may have, beside its labeler's own options
 COMMON_KEYS = (
-    "labeler", "model", "revision", "license", "batch_size", "precision", "keep_labels", "tokenizer",
+    "labeler", "model", "revision", "license", "batch_size", "precision", "keep_labels", "quality",
+    "tokenizer",
 )  # fmt: skip
 
 
@@ -80,6 +81,8 @@ class Labeler(ABC):
     inputs: ClassVar[tuple[str, ...]] = ("image",)
     sees: ClassVar[str] = "image"
     default_model: ClassVar[str | None] = None
+    #: figures that `label` notes of each image beside those of its modality, such as "confidence"
+    notes: ClassVar[tuple[str, ...]] = ()
     #: options that the configuration may set beside the common ones, with their defaults
     options: ClassVar[Mapping[str, Any]] = {}
     batch_size: ClassVar[int] = 16
@@ -95,6 +98,7 @@ class Labeler(ABC):
                     f"{self.where}.{name}: unknown key{nearest(name, [*self.options, *COMMON_KEYS])}"
                 )
         self.params: dict[str, Any] = {**self.options, **settings.options}
+        self._noted: dict[str, list[float]] = {}
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -122,6 +126,19 @@ class Labeler(ABC):
     @abstractmethod
     def label(self, batch: LabelBatch) -> list[Label]:
         """One label per row (or per row and crop), `Absent` where none can be made."""
+
+    def note(self, name: str, values: Sequence[float]) -> None:
+        """Say a number of each label that `label` is about to return; one of ``notes``. It enters a shard's figures."""
+        if name not in self.notes:
+            raise ContractError(
+                f"{self.where}: its labeler notes {name!r}, which it does not name in `notes`"
+            )
+        self._noted[name] = [float(value) for value in values]
+
+    def take_notes(self) -> dict[str, list[float]]:
+        """What was noted since the last call."""
+        noted, self._noted = self._noted, {}
+        return noted
 
     def recipe(self) -> dict[str, Any]:
         """Everything chosen here that determines the labels; enters the label recipe."""

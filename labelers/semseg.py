@@ -90,6 +90,7 @@ class Semseg(NetworkLabeler):
     card: ClassVar[Card | None] = CARD
     default_model: ClassVar[str | None] = "shipped:semseg"
     expected: ClassVar[str] = "a semantic segmentation network"
+    notes: ClassVar[tuple[str, ...]] = ("confidence",)
     auto_classes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "AutoModelForSemanticSegmentation": (
             "segformer",
@@ -125,6 +126,7 @@ class Semseg(NetworkLabeler):
         super().load()
 
     def read(self, output: Any, placements: Sequence[Placement]) -> list[Label]:
+        self.note("confidence", _confidence(output))
         scores = _mask_scores if "masks_queries_logits" in output else _pixel_scores
         return [self._argmax(scores(output, row, at)) for row, at in enumerate(placements)]
 
@@ -134,6 +136,20 @@ class Semseg(NetworkLabeler):
                 f"{self.where}.model: the network scores {scores.shape[0]} classes, its config.json names {self.num_classes}"
             )
         return scores.argmax(dim=0).cpu().numpy().astype(np.uint8)
+
+
+def _confidence(output: Any) -> list[float]:
+    """Of each row: the probability of the likeliest class, on average over pixels, at the network's own resolution.
+
+    For mask classifiers the best class's score, which does not add up to one over classes.
+    """
+    if "masks_queries_logits" not in output:
+        best = output.logits.float().softmax(dim=1).amax(dim=1)
+    else:
+        classes = output.class_queries_logits.float().softmax(dim=-1)[..., :-1]  # (B, Q, classes)
+        masks = output.masks_queries_logits.float().sigmoid()  # (B, Q, h, w)
+        best = (classes.transpose(1, 2) @ masks.flatten(2)).amax(dim=1).clamp(max=1)
+    return [float(value) for value in best.flatten(1).mean(dim=1).tolist()]
 
 
 def _pixel_scores(output: Any, row: int, at: Placement) -> Any:

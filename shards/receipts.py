@@ -77,6 +77,10 @@ class Receipt:
     environment: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     epoch: int = 0  # how often null cells of the shard were tried again
+    figures: str = (
+        ""  # what was measured of its rows (`fourmill.labelers.figures.Tally`): JSON, parsed by who asks
+    )
+    warnings: list[str] = field(default_factory=list)  # figures that are beyond a limit
 
     @property
     def present(self) -> int:
@@ -89,8 +93,11 @@ class Receipt:
 
     def to_json(self) -> str:
         body = {name: getattr(self, name) for name in self.__slots__}
-        if not self.epoch:
-            del body["epoch"]  # as it was before there were epochs: the digest of an old receipt still holds
+        for name in ("epoch", "figures", "warnings"):
+            if not body[name]:
+                del body[name]  # as it was before there were any: the digest of an old receipt still holds
+        if self.figures:
+            body["figures"] = json.loads(self.figures)
         return canonical({**body, "format": 1, "digest": sha256(canonical(body))})
 
     @classmethod
@@ -100,7 +107,8 @@ class Receipt:
             body = json.loads(text)
             digest = body.pop("digest")
             version = body.pop("format")
-            receipt = cls(**body)
+            figures = json.dumps(body["figures"], separators=(",", ":")) if "figures" in body else ""
+            receipt = cls(**{**body, "figures": figures})
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(
                 f"{where}: not a receipt ({error}); remove it and run the build again"

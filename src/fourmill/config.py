@@ -41,6 +41,15 @@ class TokenizerConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class LimitConfig(_Section):
+    """What the mean of a figure over a shard may be: beyond ``warn_*`` it is said, beyond ``refuse_*`` nothing is committed."""
+
+    warn_below: float | None = None
+    warn_above: float | None = None
+    refuse_below: float | None = None
+    refuse_above: float | None = None
+
+
 class ModalityConfig(BaseModel):
     """One modality. Keys that are not listed here are options of its labeler, checked by the labeler."""
 
@@ -53,6 +62,7 @@ class ModalityConfig(BaseModel):
     batch_size: int | None = Field(default=None, ge=1, le=4096)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     keep_labels: bool = False
+    quality: dict[str, LimitConfig] = {}  # by figure, see fourmill.labelers.figures; changes no recipe
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     @property

@@ -59,7 +59,7 @@ class Lease:
                     self.is_lost = True
                     return
                 self._write()
-            except Exception as error:  # raised in the flow's own thread, by `check`
+            except Exception as error:  # noqa: BLE001 what is no bad luck is raised by `check`, in the flow's thread
                 if not (isinstance(error, OSError) or is_bad_luck(error)):
                     self._broken = error
                     return

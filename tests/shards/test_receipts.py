@@ -43,11 +43,21 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Dataset:
     return Dataset.create(url, {"shard_size": 4})
 
 
-def test_a_receipt_of_before_there_were_epochs_still_holds() -> None:
-    body = {name: getattr(make_receipt(), name) for name in Receipt.__slots__ if name != "epoch"}
+def test_a_receipt_of_before_there_were_epochs_and_figures_still_holds() -> None:
+    later = ("epoch", "figures", "warnings")
+    body = {name: getattr(make_receipt(), name) for name in Receipt.__slots__ if name not in later}
     old = canonical({**body, "format": 1, "digest": sha256(canonical(body))})
     assert Receipt.from_json(old, "x") == make_receipt()
     assert make_receipt().to_json() == old
+
+
+def test_figures_are_an_object_in_the_file_and_text_in_memory() -> None:
+    figures = '{"figures":{"mean":[4,1.5,2]},"rows":4,"shares":{}}'
+    receipt = make_receipt(figures=figures, warnings=["mean is 0.375"])
+    assert json.loads(receipt.to_json())["figures"]["figures"] == {"mean": [4, 1.5, 2]}
+    assert Receipt.from_json(receipt.to_json(), "x") == receipt
+    with pytest.raises(DatasetError, match="damaged"):
+        Receipt.from_json(receipt.to_json().replace("1.5", "1.6"), "x")
 
 
 def test_an_epoch_is_part_of_what_the_digest_covers() -> None:
