@@ -23,8 +23,8 @@ from fourmill.registry import Registry
 codecs: Registry[Codec] = Registry("codec", "fourmill.tokenize")
 register = codecs.register
 
-#: the family of released 4M tokenizers, and what tells their config.json
-PUBLISHED, PUBLISHED_KEYS = "published", {"enc_type", "dec_type", "quant_type"}
+#: the family of released 4M tokenizers, and the key that each of their config.json has
+PUBLISHED, PUBLISHED_KEY = "published", "dec_type"
 
 #: One stored cell: uint16 (n,) for grid, vector and sequence; bytes for pixels; float16 (n,) for embeddings; float.
 Value = np.ndarray | bytes | float
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def with_family(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json's content. That of a published 4M tokenizer names no family: "published" is filled in."""
-    return {"family": PUBLISHED, **config} if PUBLISHED_KEYS <= config.keys() else config
+    return {"family": PUBLISHED, **config} if PUBLISHED_KEY in config else config
 
 
 def check_made_for(folder: Path, config: dict[str, Any], modality: Modality, image_size: int) -> None:

@@ -24,9 +24,9 @@ from fourmill.errors import CheckpointError, ConfigError, ContractError
 from fourmill.labels import Label
 from fourmill.modality import Modality
 from fourmill.tokenize.base import Codec, Value, register
-from fourmill.tokenize.published_network import PublishedNetwork, build, read_released
+from fourmill.tokenize.published_network import PublishedNetwork, ReleasedConfig, build, read_released
 from fourmill.tokenize.published_releases import LICENSE, check_release, release_for
-from fourmill.tokenize.published_spaces import STANDARDISED, RelativeDepth, make_space
+from fourmill.tokenize.published_spaces import MASK_SIDE, STANDARDISED, RelativeDepth, make_space
 
 MAX_CODES = 1 << 16  # ids are stored as uint16
 _DECODED_AT_ONCE = 16  # maps of a diffusion decoder
@@ -60,7 +60,7 @@ class PublishedCodec(Codec):
             )
         release = release_for(modality)
         self.space = make_space(release, modality, config)
-        side = config.image_size if release.kind == "mask" else image_size
+        side = MASK_SIDE if release.kind == "mask" else image_size
         if side % config.patch_size and release.kind != "vector":
             raise ConfigError(f"image_size {side} is no multiple of its patch_size {config.patch_size}")
         self.grid = (1, 1) if release.kind == "vector" else (side // config.patch_size,) * 2
@@ -127,7 +127,8 @@ class PublishedCodec(Codec):
     def load(cls, folder: Path, modality: Modality, image_size: int) -> PublishedCodec:
         values, weights = read_released(folder)
         try:
-            check_release(release_for(modality), modality, values, folder.absolute())
+            config = ReleasedConfig.from_mapping(values)
+            check_release(release_for(modality), modality, config, folder.absolute())
             codec = cls(modality, image_size, build(values, weights), values)
         except ConfigError as error:
             raise CheckpointError(f"published tokenizer {folder}: {error}") from error

@@ -46,12 +46,12 @@ _MLP = re.compile(r"BottleneckMLP/B_(\d+)-Wi_(\d+)")
 class ReleasedConfig:
     """The keys of a released config.json that change what the network computes, with the published defaults."""
 
-    enc_type: str
     dec_type: str
-    quant_type: str
-    n_channels: int
-    codebook_size: int
-    latent_dim: int
+    enc_type: str = "vit_b_enc"
+    quant_type: str = "lucid"
+    n_channels: int = 3
+    codebook_size: int = 16384
+    latent_dim: int = 32
     image_size: int = 224
     image_size_enc: int | None = None
     image_size_dec: int | None = None
@@ -92,6 +92,8 @@ class ReleasedConfig:
     def from_mapping(cls, values: Mapping[str, Any]) -> ReleasedConfig:
         """Keys that only training had a use for are passed over. Raises ConfigError."""
         given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        if isinstance(size := given.get("codebook_size"), str) and size.replace("_", "").isdecimal():
+            given["codebook_size"] = int(size)  # the published constructor takes text too
         for field in fields(cls):
             kinds = _KINDS[str(field.type)]
             value = given.get(field.name, field.default)

@@ -6,13 +6,13 @@ Facts of arXiv 2312.06647 and 2406.09406 and of the releases at huggingface.co/E
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fourmill.errors import ConfigError
 from fourmill.modality import Modality
+from fourmill.tokenize.published_network import ReleasedConfig
 
 #: for `fourmill.licenses`; the text is LICENSE_WEIGHTS of apple/ml-4m
 LICENSE = "Sample Code License of EPFL and Apple (non-commercial)"
@@ -68,7 +68,7 @@ def release_for(modality: Modality) -> Release:
     )
 
 
-def check_release(release: Release, modality: Modality, config: Mapping[str, Any], folder: Path) -> None:
+def check_release(release: Release, modality: Modality, config: ReleasedConfig, folder: Path) -> None:
     """Refuse the tokenizer of another modality: by its folder's name, its channels, its codes. Raises ConfigError."""
     names = {other.name.partition("_")[0] for other in RELEASES.values()}
     stated = [found[1] for part in folder.parts if (found := _REPOSITORY.search(part)) and found[1] in names]
@@ -76,21 +76,20 @@ def check_release(release: Release, modality: Modality, config: Mapping[str, Any
         raise ConfigError(
             f"it is the tokenizer of {stated[-1]}; for {modality.name!r} take {release.repository}"
         )
-    channels, codes, heads = (config.get(k) for k in ("n_channels", "codebook_size", "num_codebooks"))
-    takes = {"classes": bool(config.get("n_labels")), "vector": config.get("quant_type") == "memcodes"}
+    takes = {"classes": bool(config.n_labels), "vector": config.quant_type == "memcodes"}
     if any(is_so != (release.kind == kind) for kind, is_so in takes.items()):
         raise ConfigError(f"it takes other labels than {modality.name!r} has; take {release.repository}")
-    is_small = config.get("enc_type") not in _RELEASED
-    if channels not in release.channels and not (
-        is_small and release.kind in ("classes", "features", "vector")
-    ):
+    is_small = config.enc_type not in _RELEASED
+    is_free = is_small and release.kind in ("classes", "features", "vector")
+    if config.n_channels not in release.channels and not is_free:
         raise ConfigError(
-            f"it takes {channels} channels, a tokenizer of {modality.name!r} takes {release.channels[0]}; "
+            f"it takes {config.n_channels} channels, a tokenizer of {modality.name!r} takes {release.channels[0]}; "
             f"take {release.repository}"
         )
-    if not is_small and (codes, heads or 1) != (release.codes, release.heads):
+    if not is_small and (config.codebook_size, config.heads) != (release.codes, release.heads):
         raise ConfigError(
-            f"it has {codes} codes, that of {modality.name!r} has {release.codes}; take {release.repository}"
+            f"it has {config.heads} x {config.codebook_size} codes, that of {modality.name!r} has {release.heads} x "
+            f"{release.codes}; take {release.repository}"
         )
 
 

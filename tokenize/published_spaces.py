@@ -20,6 +20,7 @@ from fourmill.tokenize.spaces import Bounded, Classes, Depth, Features, Space
 NORMAL_SIGNS = (1.0, -1.0, 1.0)
 #: of what stands in for metres once a map is standardised
 STANDARDISED = "relative: standardised by the map's middle 80 %"
+MASK_SIDE = 64
 NONE_CLASS = 255  # an id that says "no class"; class 0 of the published tokenizer
 
 
@@ -142,16 +143,13 @@ class Vector(Space):
 
 
 class Mask(Space):
-    """The mask of one instance, (S, S) of 0 and 1, S being the network's own image_size."""
+    """The mask of one instance in its box, (64, 64) of 0 and 1, whatever the image's size."""
 
     name = "mask"
-
-    def __init__(self, modality: Modality, side: int) -> None:
-        super().__init__(modality)
-        self.side, self.channels, self.out_channels = side, 1, 1
+    channels = out_channels = 1
 
     def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
-        return (self.side, self.side)
+        return (MASK_SIDE, MASK_SIDE)
 
     def to_network(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy((labels > 0).astype(np.float32))[:, None]
@@ -179,7 +177,7 @@ def make_space(release: Release, modality: Modality, config: ReleasedConfig) -> 
     if release.kind == "classes":
         return NumberedClasses(modality, config)
     if release.kind == "mask":
-        return Mask(modality, config.image_size)
+        return Mask(modality)
     if release.kind in ("picture", "normal"):
         signs = NORMAL_SIGNS if release.kind == "normal" else (1.0, 1.0, 1.0)
         return Picture(modality, config, signs)

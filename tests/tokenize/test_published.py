@@ -227,7 +227,7 @@ def test_another_modality_is_refused(
             {"enc_type": "vit_b_enc", "codebook_size": 16384, "n_channels": 3},
             NORMAL,
             "t",
-            "16384 codes, that of 'normal' has 8192",
+            "has 1 x 16384 codes, that of 'normal' has 1 x 8192",
         ),
         ({}, DEPTH, "4M_tokenizers_normal_8k_224-448", "is the tokenizer of normal; for 'depth' take"),
         (

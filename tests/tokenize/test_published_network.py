@@ -169,6 +169,15 @@ def test_a_decoder_of_an_unknown_kind_leaves_the_encoder() -> None:
         network.decode(expected["quantized"])
 
 
+def test_a_config_says_only_what_is_not_the_published_default() -> None:
+    config = ReleasedConfig.from_mapping(
+        {"dec_type": "unet_patched", "codebook_size": "8_192", "ckpt_path": None}
+    )
+    assert (config.enc_type, config.codebook_size, config.quant_type) == ("vit_b_enc", 8192, "lucid")
+    with pytest.raises(ConfigError, match="dec_type is missing"):
+        ReleasedConfig.from_mapping({"enc_type": "vit_b_enc"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
