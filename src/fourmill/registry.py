@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from fourmill.errors import ConfigError, nearest
@@ -54,12 +54,24 @@ class Registry(Generic[T]):
                     if not module.name.startswith("_"):
                         importlib.import_module(f"{self._package}.{module.name}")
                 for entry in entry_points(group=self._group) if self._group else ():
-                    loaded = entry.load()
-                    if entry.name not in self._known and isinstance(loaded, type):
-                        self._known[entry.name] = loaded
+                    self._take(entry)
                 self._scanned = True
             finally:
                 self._scanning = False
+
+    def _take(self, entry: EntryPoint) -> None:
+        """A plug-in of somebody else's package, under the name of its entry point."""
+        whose = f"{self.what} {entry.name!r} of the package {entry.dist.name if entry.dist else entry.value}"
+        try:
+            loaded = entry.load()
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever their module raises
+            words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(f"{whose} cannot be imported ({words}); mend or uninstall it") from error
+        if not isinstance(loaded, type):
+            raise ConfigError(f"{whose}: {entry.value} is of type {type(loaded).__name__}, not a class")
+        self.register(entry.name)(loaded)
 
     def get(self, name: str) -> type[T]:
         self._scan()

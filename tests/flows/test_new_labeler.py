@@ -50,7 +50,7 @@ def chain(written: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleName
     """One dataset with all four, a model that was trained on it for three steps, and the report, by the command line."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("chain")
-    modalities = {"caption": {}, "rgb": {}, **{f"my_{kind}": {} for kind in KINDS}}
+    modalities: dict[str, Any] = {"caption": {}, "rgb": {}, **{f"my_{kind}": {} for kind in KINDS}}
     modalities |= {"my_vector": {"keep_labels": True}, "my_features": {"keep_labels": True}}
     content = small_content(root / "ds", modalities, count=16, n_crops=2, val_fraction=0.3, train=TRAIN)
     config = write_config(root / "c.yaml", content)
@@ -72,7 +72,7 @@ def test_every_kind_goes_all_the_way(chain: SimpleNamespace, kind: str) -> None:
     column = view.column(name, 0)
     assert column is not None and column.present.all(), "stored"
     if TOKENS[kind] is not None:
-        assert column.tokens.shape == (4, 2, TOKENS[kind])
+        assert column.tokens is not None and column.tokens.shape == (4, 2, TOKENS[kind])
     assert trained.model.config.spec(name).is_input and trained.model.config.spec(name).is_target, (
         "trained on"
     )
@@ -98,7 +98,7 @@ def test_kept_labels_by_crop_are_those_of_the_crop(
     kept = read_labels(dataset.store.read(receipt.file), wanted.modality)
     assert len(kept) == 4
     column = view.column(name, 0)
-    assert column is not None
+    assert column is not None and column.tokens is not None
     for row, label in kept.items():
         assert label.shape == shape and not np.array_equal(label[0], label[1])
         again = np.stack([np.asarray(t) for t in view.codecs[name].encode(list(label))])
