@@ -54,6 +54,8 @@ FORMAT = 1
 SAMPLES = "samples"
 #: the file in a fitted tokenizer's folder that says what it was fitted on, and how
 ORIGIN = "origin.json"
+#: endings of weights that nothing here reads
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -278,11 +280,12 @@ class Dataset:
     def add_tokenizer(self, modality: str, folder: Path) -> str:
         """Copy a tokenizer's folder into the dataset under its hash (immutable); returns the short hash.
 
-        By its origin a fitted one is found again, so that file comes last: where it is, the others are.
+        By its origin a fitted one is found again, so that file comes last: where it is, the others are. Pickles,
+        which published repositories hold beside the same weights as safetensors, stay behind.
         """
         short = folder_hash(str(folder.resolve()))[:SHORT]
         for file in sorted(folder.iterdir(), key=lambda path: (path.name == ORIGIN, path.name)):
-            if file.is_file():
+            if file.is_file() and file.suffix not in PICKLES:
                 self.store.put_if_absent(f"tokenizers/{modality}/{short}/{file.name}", file.read_bytes())
         return short
 

@@ -54,7 +54,6 @@ def both(*changes: Callable[[Content], Any]) -> Callable[[Content], None]:
     return change
 
 
-COMMIT = "0123456789" * 4
 BIG: dict[str, Any] = {"image_size": 128, "decode": {"shorter_side": 128}}
 
 #: what is wrong -> (change of a good configuration, exit status, what the line says, each part of it)

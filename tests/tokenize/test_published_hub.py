@@ -97,6 +97,21 @@ def test_a_dataset_of_published_tokens(hub: Hub, tmp_path: Path) -> None:
     assert text_of(describe(folder)).startswith("a tokenizer of 4M")
 
 
+def test_pickles_of_a_local_copy_stay_behind(tmp_path: Path) -> None:
+    folder = write_released("depth", tmp_path / "copy")
+    for name in ("pytorch_model.bin", "README.md"):
+        (folder / name).write_text("of the repository")
+    with without_ray():
+        content = small_content(
+            tmp_path / "ds", {"depth": {**ORACLES["depth"], "tokenizer": {"model": str(folder)}}}, count=4
+        )
+        assert build(check_config(content, "test"), BuildOptions()).status.complete
+    dataset = Dataset(str(tmp_path / "ds"))
+    (short,) = dataset.tokenizers("depth")
+    kept = dataset.store.names(f"tokenizers/depth/{short}")
+    assert sorted(kept) == ["README.md", "config.json", "model.safetensors"]
+
+
 def text_of(parts: Parts) -> str:
     console = Console(width=200, file=io.StringIO())
     for part in parts:
