@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fourmill.errors import ConfigError
+from fourmill.errors import ConfigError, FourmillError
 from fourmill.flows.options import DatasetUrl, Modalities
 from fourmill.flows.progress import console
 
@@ -90,6 +90,26 @@ def export(
     console.print(f"{done.rows} samples in {done.shards} shards: {out}", soft_wrap=True)
     for reason, rows in done.left_out.items():
         console.print(f"  left out: {rows} ({reason})", markup=False)
+
+
+@app.command(epilog="Example: [bold]fourmill qa data/demo[/bold]")
+def qa(
+    dataset: DatasetUrl,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of tables")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="exit status 1 where a shard is odd")] = False,
+) -> None:
+    """Which shards are unlike the others or the first ones: labels that keep their contract and are wrong all the same."""
+    from fourmill.flows.qa import examine
+    from fourmill.flows.qa_show import quality_report
+    from fourmill.shards.dataset import Dataset
+
+    found = examine(Dataset(dataset))
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        console.print(quality_report(found), soft_wrap=True)
+    if strict and found.odd:
+        raise FourmillError(f"{len({(o.column, o.shard) for o in found.odd})} column shards are odd")
 
 
 @app.command(epilog="Example: [bold]fourmill inspect data/demo --key 000007 --out looked[/bold]")
