@@ -16,9 +16,9 @@ from fourmill import __version__
 from fourmill.errors import WorkMissing
 from fourmill.flows.plan import Job
 from fourmill.flows.resolve import Resolved, Wanted
-from fourmill.flows.shard_content import NOT_A_FAULT, ShardContent
+from fourmill.flows.shard_content import ShardContent
 from fourmill.labelers.figures import Tally, judge
-from fourmill.labels import Absent
+from fourmill.labels import Absent, is_fault
 from fourmill.seeds import keys_digest
 from fourmill.shards.arrow import column_table, write_table
 from fourmill.shards.dataset import SAMPLES, Dataset, absent_counts
@@ -188,7 +188,7 @@ def too_many_absent(absent: Mapping[str, int], rows: int, limit: int, seen: int 
 
     ``seen``: how many of the shard's rows the counts are of, where they are not of all.
     """
-    faults = {reason: count for reason, count in absent.items() if reason not in NOT_A_FAULT}
+    faults = {reason: count for reason, count in absent.items() if is_fault(reason)}
     if sum(faults.values()) <= limit:
         return None
     among = rows if seen in (None, rows) else f"the first {seen}"

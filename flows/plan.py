@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from fourmill.errors import ConfigError, SourceError
 from fourmill.flows.resolve import Resolved, recipe_diff
+from fourmill.labels import DUPLICATE, is_fault
 from fourmill.seeds import generator
 from fourmill.shards.dataset import SAMPLES, ColumnListing, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
-from fourmill.shards.samples import DUPLICATE, NOT_A_FAULT
 from fourmill.shards.sources.base import Row
 
 
@@ -210,7 +210,7 @@ def retryable(receipt: Receipt, samples: Receipt, wanted: bool | str = True) -> 
     return sum(
         count - samples.absent.get(reason, 0)
         for reason, count in receipt.absent.items()
-        if reason not in NOT_A_FAULT and wanted in (True, reason)
+        if is_fault(reason) and wanted in (True, reason)
     )
 
 

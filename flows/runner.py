@@ -26,11 +26,11 @@ from fourmill.flows.micro_batch import MicroBatch, MicroResult
 from fourmill.flows.plan import Job
 from fourmill.flows.reading import Decoded, Reader, positions_of
 from fourmill.flows.resolve import Resolved, Wanted
-from fourmill.flows.shard_content import NOT_A_FAULT, Again, ShardContent, check_unchanged
-from fourmill.labels import Absent, Label
+from fourmill.flows.shard_content import Again, ShardContent, check_unchanged
+from fourmill.labels import DUPLICATE, Absent, Label
 from fourmill.seeds import keys_digest
 from fourmill.shards.dataset import SAMPLES, Dataset
-from fourmill.shards.samples import DUPLICATE, OK
+from fourmill.shards.samples import OK
 from fourmill.shards.sources.base import Row, make_source
 from fourmill.shards.tar import read_labels
 
@@ -319,4 +319,4 @@ class Runner:
         work.content.give_up(name)
 
 
-__all__ = ["NOT_A_FAULT", "Call", "JobReport", "Runner", "Submit"]
+__all__ = ["Call", "JobReport", "Runner", "Submit"]

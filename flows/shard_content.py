@@ -15,14 +15,10 @@ from fourmill.flows.micro_batch import MicroResult
 from fourmill.flows.plan import Job
 from fourmill.flows.reading import Decoded
 from fourmill.flows.resolve import Resolved
-from fourmill.flows.specialist import NO_CAPTION
 from fourmill.labelers.figures import Measured, Tally
 from fourmill.labels import Absent, Label
-from fourmill.shards.samples import DUPLICATE, sample_table
+from fourmill.shards.samples import sample_table
 from fourmill.shards.sources.base import Row
-
-#: reasons that are facts of the source and no fault: they count neither as rejects nor toward the limit
-NOT_A_FAULT = frozenset({NO_CAPTION, DUPLICATE})
 
 
 @dataclass

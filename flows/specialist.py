@@ -27,13 +27,12 @@ from fourmill.flows.resolve import Wanted
 from fourmill.labelers.base import LabelBatch, Labeler
 from fourmill.labelers.figures import Measured, measure, measure_tokens
 from fourmill.labelers.quality import check
-from fourmill.labels import Absent, Boxes, Label
+from fourmill.labels import NO_CAPTION, Absent, Boxes, Label
 from fourmill.modality import Modality
 from fourmill.shards.arrow import Cell
 from fourmill.shards.dataset import Dataset
 from fourmill.tokenize.base import Codec, load_codec
 
-NO_CAPTION = "no caption"
 logger = logging.getLogger(__name__)
 
 

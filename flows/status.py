@@ -14,9 +14,9 @@ from rich.text import Text
 
 from fourmill.errors import ConfigError
 from fourmill.flows.plan import ColumnState, column_states, retryable, why_stale
+from fourmill.labels import DUPLICATE, is_fault
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
-from fourmill.shards.samples import DUPLICATE, NO_CAPTION
 
 #: the safe one, where there is one written in C: a run of 12,000 shards is a long file
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -125,9 +125,9 @@ def _modality(state: ColumnState, receipts: dict[int, Receipt], shards: int) -> 
 def _failed_rows(dataset: Dataset, receipt: Receipt) -> np.ndarray:
     """bool (rows,): rows without a value, less those where that is no fault. The file is read only where both occur."""
     absent = ~receipt.presence_mask()
-    if receipt.absent.keys() & {NO_CAPTION}:
+    if not all(is_fault(reason) for reason in receipt.absent):
         reasons = dataset.table(receipt.file).column("reason").to_pylist()
-        absent &= np.array([reason != NO_CAPTION for reason in reasons], bool)
+        absent &= np.array([reason is None or is_fault(reason) for reason in reasons], bool)
     return absent
 
 

@@ -13,9 +13,9 @@ from heapq import nlargest
 from typing import Any, NamedTuple
 
 from fourmill.flows.status import latest_run, recipe_of
+from fourmill.labels import is_fault
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.receipts import Receipt, newest
-from fourmill.shards.samples import NOT_A_FAULT
 
 WINDOW_S = 300.0  # the pace is that of the last few minutes, or, where these saw fewer receipts,
 FEW = 8  # of so many
@@ -76,7 +76,7 @@ def _part(receipt: Receipt) -> _Part:
     spent = receipt.timings
     return _Part(
         rows=receipt.rows,
-        rejects=sum(count for reason, count in receipt.absent.items() if reason not in NOT_A_FAULT),
+        rejects=sum(count for reason, count in receipt.absent.items() if is_fault(reason)),
         worked=spent.get("forward", 0.0) + spent.get("tokenize", 0.0),
         busy=spent.get("busy", 0.0),
         starved=spent.get("starved", 0.0),

@@ -25,15 +25,12 @@ import numpy as np
 import pyarrow as pa
 
 from fourmill.crops import draw_crops
+from fourmill.labels import DUPLICATE
 from fourmill.seeds import key64, split_of
 from fourmill.shards.decode import Frame, RejectedImage
 from fourmill.shards.sources.base import Row
 
 OK = "ok"
-DUPLICATE = "duplicate key"
-NO_CAPTION = "no caption"
-#: reasons that are facts of the source and no fault: they count neither as rejects nor toward the limit
-NOT_A_FAULT = frozenset({NO_CAPTION, DUPLICATE})
 MAX_CAPTION_CHARS = 10_000
 MAX_CAPTIONS = 64  # of one image; more are cut off
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourmill.flows.report.view import View
-from fourmill.flows.runner import NOT_A_FAULT
+from fourmill.labels import is_fault
 from fourmill.shards.dataset import SAMPLES
 from fourmill.shards.receipts import Receipt
 from fourmill.shards.samples import OK
@@ -71,7 +71,7 @@ def _no_value(view: View, name: str) -> Iterator[SetAside]:
         reasons = view.dataset.table(receipt.file).column("reason").to_pylist()
         table = view.dataset.table(samples.file).select(["key", "status"])
         for row, (key, status) in enumerate(zip(*(c.to_pylist() for c in table.columns), strict=True)):
-            if status == OK and reasons[row] is not None and reasons[row] not in NOT_A_FAULT:
+            if status == OK and reasons[row] is not None and is_fault(reasons[row]):
                 yield SetAside(key, name, reasons[row], receipt.shard, row)
 
 

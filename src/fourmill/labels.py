@@ -45,11 +45,25 @@ class Boxes:
         return len(self.class_ids)
 
 
+DUPLICATE = "duplicate key"
+NO_CAPTION = "no caption"
+#: how a reason begins that says that there is nothing here to label: "n/a: no box of a class that is segmented"
+NOT_APPLICABLE = "n/a: "
+
+
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """Stands where a label could not be made; ``reason`` is stored beside the null cell."""
+    """Stands where a label could not be made; ``reason`` is stored beside the null cell.
+
+    Begin it with `NOT_APPLICABLE` where that is a fact about the sample and no fault of anybody's (see `is_fault`).
+    """
 
     reason: str
+
+
+def is_fault(reason: str) -> bool:
+    """Whether a reason counts as a reject, toward a shard's limit, and is worth another attempt."""
+    return reason not in (DUPLICATE, NO_CAPTION) and not reason.startswith(NOT_APPLICABLE)
 
 
 Label = Any  # np.ndarray | Boxes | list[str] | float | Absent

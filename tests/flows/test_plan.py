@@ -16,7 +16,7 @@ from fourmill.flows.resolve import recipe_diff, resolve
 from fourmill.flows.status import status, status_report
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
-from fourmill.shards.samples import DUPLICATE, NO_CAPTION
+from fourmill.labels import DUPLICATE, NO_CAPTION
 from fourmill.storage import Store
 
 OLD = Recipe(

@@ -7,9 +7,9 @@ import pytest
 from fourmill.crops import draw_crops
 from fourmill.seeds import key64, split_of
 from fourmill.shards.arrow import write_table
+from fourmill.labels import DUPLICATE
 from fourmill.shards.decode import Frame, RejectedImage
 from fourmill.shards.samples import (
-    DUPLICATE,
     MAX_CAPTION_CHARS,
     MAX_CAPTIONS,
     OK,
