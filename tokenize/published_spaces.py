@@ -18,7 +18,7 @@ from fourmill.tokenize.spaces import Bounded, Classes, Depth, Features, Space
 #: Our normals have y up. Omnidata's, which the tokenizer was trained on, are stored as 2D-3D-S stores them: x right,
 #: y down, z toward the viewer.
 NORMAL_SIGNS = (1.0, -1.0, 1.0)
-#: of what stands in for metres once a map is standardised
+#: units of decoded depth, where the labels were metres
 STANDARDISED = "relative: standardised by the map's middle 80 %"
 MASK_SIDE = 64
 NONE_CLASS = 255  # an id that says "no class"; class 0 of the published tokenizer
@@ -54,7 +54,7 @@ class RelativeDepth(Depth):
     """Depth standardised by the mean and deviation of its middle 80 %: the tokens know neither scale nor shift.
 
     Decoded are standardised values. Where the contract has a smallest depth, each map is shifted so that its nearest
-    surface lies there.
+    surface lies at 1, as that of relative depth does, or at the smallest depth if that is more.
     """
 
     def __init__(self, modality: Modality) -> None:
@@ -66,7 +66,7 @@ class RelativeDepth(Depth):
     def to_labels(self, output: Tensor) -> list[np.ndarray]:
         maps, low, high = output[:, 0].float(), self.contract.low, self.contract.high
         if low is not None:
-            maps = maps - maps.amin((1, 2), keepdim=True) + low
+            maps = maps - maps.amin((1, 2), keepdim=True) + max(low, 1.0)
         if high is not None:
             maps = maps.clamp_max(high)
         return list(maps.cpu().numpy().astype(self.contract.dtype))
