@@ -65,3 +65,39 @@ def check_labeler(
     failed = failures(verdicts)
     if failed:
         raise ContractError(f"labeler {name!r}: {len(failed)} of {len(verdicts)} points failed; {failed[0]}")
+
+
+@app.command(
+    "import-labels",
+    epilog="Example: [bold]fourmill import-labels semseg masks/ --config my.yaml --set 'classes=[floor, wall]'[/bold]",
+)
+def import_labels(
+    modality: Annotated[str, typer.Argument(metavar="MODALITY", help="what the labels are to be called")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="a folder, tars or a COCO JSON file, on any fsspec URL")
+    ],
+    config: Annotated[str, typer.Option(metavar="CONFIG", help="whose source has the images")],
+    modality_kind: Annotated[
+        str | None, typer.Option(help="depth, normal, semseg or det; default: the modality's own name")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="an option, such as scale=0.001; may be repeated"),
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="add the lines to the file CONFIG")] = False,
+) -> None:
+    """Use labels that you have: match files to images by key, and print the lines that a configuration needs."""
+    from fourmill.config import load_config
+    from fourmill.errors import SourceError
+    from fourmill.flows.importing import add_to_config, examine, found_table
+
+    found = examine(load_config(config), modality, url, modality_kind, options)
+    console.print(found_table(found))
+    if not found.matched:
+        raise SourceError(f"no label at {url} answers to the key of an image; see the examples above")
+    if write:
+        add_to_config(Path(config), found)
+        console.print(f"added to {config}:", soft_wrap=True, highlight=False)
+    else:
+        console.print("under `modalities:` of the configuration:", highlight=False)
+    console.print(found.yaml_lines().rstrip(), soft_wrap=True, highlight=False, markup=False)
