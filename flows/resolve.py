@@ -15,7 +15,7 @@ from fourmill.checkpoints import fetch
 from fourmill.checkpoints import resolve as resolve_checkpoint
 from fourmill.config import Config, ModalityConfig
 from fourmill.errors import ConfigError, nearest
-from fourmill.labelers.base import COMMON_KEYS, Labeler, LabelerSettings, labelers
+from fourmill.labelers.base import COMMON_KEYS, Labeler, LabelerSettings, labelers, upstream_of
 from fourmill.labelers.figures import Limit, figure_names
 from fourmill.modality import SOURCE_MODALITIES, Modality
 from fourmill.shards.dataset import ORIGIN, Dataset
@@ -155,9 +155,8 @@ def _ordered(config: Config) -> Iterator[str]:
                 f"modalities.{wanted_by}: its labeler needs the labels of {name!r}; add `{name}: {{}}`"
             )
         labeler = _labeler_of(name, entry)
-        for upstream in labelers.get(labeler).inputs if labeler else ():
-            if upstream.startswith("label:"):
-                visit(upstream.removeprefix("label:"), name)
+        for upstream in upstream_of(labelers.get(labeler).inputs) if labeler else ():
+            visit(upstream, name)
         done.append(name)
 
     for name in config.modalities:
@@ -207,6 +206,9 @@ def _wanted(name: str, config: Config, source: Source, before: dict[str, Wanted]
         precision=entry.precision,
         image_size=config.image_size,
         options=entry.options,
+        upstream={
+            up: before[up].modality for up in upstream_of(labelers.get(labeler_name).inputs) if up in before
+        },
     )
     labeler = labelers.get(labeler_name)(settings)
     modality = labeler.describe()

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fourmill.config import Config
-from fourmill.errors import ConfigError
+from fourmill.errors import ConfigError, nearest
 from fourmill.flows.progress import progress, say
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.shards.dataset import Dataset
+from fourmill.shards.filters import parse_conditions
 from fourmill.shards.snapshot import Snapshot
 from fourmill.storage import Store
 from fourmill.tokenize.base import load_codec
@@ -34,7 +35,20 @@ def make_snapshot(config: Config, names: tuple[str, ...] | None = None) -> Snaps
     recipes = {n: r.short for n, r in resolved.token_recipes().items() if n in wanted}
     modalities = {n: codec_of(resolved, dataset, n).modality for n in wanted}
     tokenizers = {n: str(resolved.wanted[n].tokenizer)[:12] for n in wanted}
-    return Snapshot.create(dataset, recipes, modalities, tokenizers, config.image_size)
+    where = parse_conditions(config.train.where, "train.where")
+    for condition in where:
+        if condition.name not in wanted or modalities[condition.name].kind != "scalar":
+            scalars = [n for n, m in modalities.items() if m.kind == "scalar"]
+            raise ConfigError(
+                f"train.where: {condition.name!r} is no scalar modality of this configuration"
+                f"{nearest(condition.name, scalars)}; there are {', '.join(scalars) or 'none'}"
+            )
+    found = Snapshot.create(dataset, recipes, modalities, tokenizers, config.image_size, where)
+    if where and not found.chosen:
+        raise ConfigError(
+            f"train.where: not one of {found.rows} rows fulfils {' and '.join(found.where)}; loosen it"
+        )
+    return found
 
 
 def codec_of(resolved: Resolved, dataset: Dataset, name: str) -> Any:
@@ -56,7 +70,10 @@ def train_model(config: Config, out: str | Path | None = None, *, snapshot: str 
     if snapshot is None and begun is not None:
         snapshot = read_state(begun).snapshot
     pinned = Snapshot.load(config.dataset, snapshot) if snapshot else make_snapshot(config)
-    say(f"snapshot {pinned.digest[:12]}: {pinned.rows} rows in {len(pinned.shards)} shards; run {folder}")
+    chosen = f" ({pinned.chosen} where {' and '.join(pinned.where)})" if pinned.where else ""
+    say(
+        f"snapshot {pinned.digest[:12]}: {pinned.rows} rows in {len(pinned.shards)} shards{chosen}; run {folder}"
+    )
     with progress("Train", "steps") as advance:
 
         def on_step(record: dict[str, Any]) -> None:

@@ -43,6 +43,9 @@ class LabelerSettings:
     device: str = "cpu"
     image_size: int = 224  # side of a crop in pixels
     options: Mapping[str, Any] = field(default_factory=dict)
+    upstream: Mapping[str, Modality] = field(
+        default_factory=dict
+    )  # that its inputs name, as their labelers describe them
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,11 @@ class LabelBatch:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+
+def upstream_of(inputs: Sequence[str]) -> tuple[str, ...]:
+    """The modalities whose labels are among the inputs."""
+    return tuple(name.removeprefix("label:") for name in inputs if name.startswith("label:"))
 
 
 class Labeler(ABC):
@@ -113,7 +121,7 @@ class Labeler(ABC):
         return license_of(self.settings.license, self.card, model, self.checkpoint)
 
     def upstream_modalities(self) -> tuple[str, ...]:
-        return tuple(name.removeprefix("label:") for name in self.inputs if name.startswith("label:"))
+        return upstream_of(self.inputs)
 
     def describe(self) -> Modality:
         """The modality with what the checkpoint's configuration adds (class names, channels). Reads no weights."""

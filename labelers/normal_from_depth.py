@@ -38,10 +38,7 @@ class NormalFromDepth(Labeler):
 
     def __init__(self, settings: LabelerSettings) -> None:
         super().__init__(settings)
-        if not 1 <= float(self.params["fov_deg"]) <= 170:
-            raise ConfigError(
-                f"{self.where}.fov_deg: {self.params['fov_deg']} is not between 1 and 170 degrees"
-            )
+        check_field_of_view(self.params["fov_deg"], self.where)
 
     def label(self, batch: LabelBatch) -> list[Label]:
         fov_deg = float(self.params["fov_deg"])
@@ -49,6 +46,11 @@ class NormalFromDepth(Labeler):
             depth if isinstance(depth, Absent) else normals_from_depth(depth, fov_deg)
             for depth in batch.upstream["depth"]
         ]
+
+
+def check_field_of_view(fov_deg: Any, where: str) -> None:
+    if not 1 <= float(fov_deg) <= 170:
+        raise ConfigError(f"{where}.fov_deg: {fov_deg} is not between 1 and 170 degrees")
 
 
 def normals_from_depth(depth: np.ndarray, fov_deg: float) -> np.ndarray:

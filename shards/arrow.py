@@ -112,7 +112,7 @@ class Column:
     """One shard of one modality, memory-mapped where storage is local.
 
     ``present`` bool (rows,). ``tokens`` uint16 (rows, n_crops, num_tokens) for grid and vector (float16
-    for embedding, float32 (rows, 1, 1) for scalar), zeros where absent. For sequences ``flat`` uint16 and
+    for embedding, float32 (rows, 1, 1) for scalar, whatever the number of crops), zeros where absent. For sequences ``flat`` uint16 and
     ``offsets`` int64 (rows * n_crops + 1,): the cell of (row, crop) is flat[offsets[i]:offsets[i + 1]], i = row *
     n_crops + crop. For pixels ``blobs`` holds Arrow binary values in the same order.
     """
@@ -156,7 +156,7 @@ def open_column(table: pa.Table, where: str) -> Column:
         return Column(present, reasons, n_crops, tokens=tokens)
     if meta["kind"] == "scalar":
         scores = np.nan_to_num(value.to_numpy(zero_copy_only=False).astype(np.float32))
-        return Column(present, reasons, n_crops, tokens=scores.reshape(-1, 1, 1))
+        return Column(present, reasons, 1, tokens=scores.reshape(-1, 1, 1))
     inner = value.values
     if meta["kind"] == "pixels":
         return Column(present, reasons, n_crops, blobs=inner)

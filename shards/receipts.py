@@ -88,8 +88,7 @@ class Receipt:
 
     def presence_mask(self) -> np.ndarray:
         """bool (rows,): which rows have a value."""
-        bits = np.frombuffer(base64.b64decode(self.presence), np.uint8)
-        return np.unpackbits(bits, count=self.rows, bitorder="little").astype(bool)
+        return unpack_presence(self.presence, self.rows)
 
     def to_json(self) -> str:
         body = {name: getattr(self, name) for name in self.__slots__}
@@ -131,6 +130,12 @@ def _holds_as_written(text: str | bytes, digest: str) -> bool:
 def pack_presence(present: np.ndarray) -> str:
     """bool (rows,) -> base64 bitmap."""
     return base64.b64encode(np.packbits(present.astype(bool), bitorder="little").tobytes()).decode()
+
+
+def unpack_presence(bitmap: str, rows: int) -> np.ndarray:
+    """The inverse of `pack_presence`: bool (rows,)."""
+    bits = np.frombuffer(base64.b64decode(bitmap), np.uint8)
+    return np.unpackbits(bits, count=rows, bitorder="little").astype(bool)
 
 
 def receipt_name(column: str, recipe_short: str, shard: int, epoch: int = 0) -> str:

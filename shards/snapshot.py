@@ -7,7 +7,7 @@ By modality it also says whose weights its values are made with, and under which
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from fourmill.errors import DatasetError, WorkMissing
 from fourmill.modality import LabelContract, Modality
 from fourmill.shards.arrow import Column, open_column
 from fourmill.shards.dataset import SAMPLES, Dataset, modality_json
-from fourmill.shards.receipts import Receipt, canonical, sha256
+from fourmill.shards.filters import Condition
+from fourmill.shards.receipts import Receipt, canonical, pack_presence, sha256, unpack_presence
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class ShardRef:
     index: int
     rows: int
     files: Mapping[str, str]
+    kept: str | None = (
+        None  # bitmap of the rows that the snapshot's conditions chose, as in receipts; None: all
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,21 @@ class Snapshot:
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def where(self) -> list[str]:
+        """The conditions that chose its rows."""
+        return list(self.content.get("where", []))
+
+    @property
+    def chosen(self) -> int:
+        """How many rows the conditions chose, readable or not."""
+        return sum(int(self.is_kept(shard).sum()) for shard in range(len(self.shards)))
+
+    def is_kept(self, shard: int) -> np.ndarray:
+        """bool (rows,): what the snapshot's conditions chose; all rows where it has none."""
+        ref = self.shards[shard]
+        return np.ones(ref.rows, bool) if ref.kept is None else unpack_presence(ref.kept, ref.rows)
+
     def tokenizer(self, modality: str) -> str | None:
         """The short hash of the modality's tokenizer in the dataset."""
         short = self.content["modalities"][modality].get("tokenizer")
@@ -72,26 +91,18 @@ class Snapshot:
         return list(self._samples(shard, ["key"])["key"].to_pylist())
 
     def is_train(self, shard: int) -> np.ndarray:
-        """bool (rows,): readable and not held out."""
-        table = self._samples(shard, ["split", "status"])
-        return np.array(
-            [
-                s == "train" and ok == "ok"
-                for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)
-            ],
-            bool,
-        )
+        """bool (rows,): readable, chosen, and not held out."""
+        return self._is_of(shard, "train")
 
     def is_val(self, shard: int) -> np.ndarray:
-        """bool (rows,): readable and held out from fitting and training."""
+        """bool (rows,): readable, chosen, and held out from fitting and training."""
+        return self._is_of(shard, "val")
+
+    def _is_of(self, shard: int, split: str) -> np.ndarray:
         table = self._samples(shard, ["split", "status"])
-        return np.array(
-            [
-                s == "val" and ok == "ok"
-                for s, ok in zip(*(c.to_pylist() for c in table.columns), strict=True)
-            ],
-            bool,
-        )
+        splits, states = (np.array(column.to_pylist(), object) for column in table.columns)
+        found: np.ndarray = (splits == split) & (states == "ok") & self.is_kept(shard)
+        return found
 
     def _samples(self, shard: int, columns: list[str]) -> Any:
         return self.dataset.table(self.shards[shard].files[SAMPLES]).select(columns)
@@ -104,10 +115,11 @@ class Snapshot:
         modalities: Mapping[str, Modality],
         tokenizers: Mapping[str, str],
         image_size: int,
+        where: Sequence[Condition] = (),
     ) -> Snapshot:
         """Pin the shards that are finished in every modality, and register the snapshot.
 
-        ``recipes``: short token recipe by modality. Raises WorkMissing when no shard is finished in all of them,
+        ``recipes``: short token recipe by modality; ``where``: conditions on some of them, which choose rows. Raises WorkMissing when no shard is finished in all of them,
         DatasetError when a modality's receipts disagree on the keys of a shard.
         """
         samples_short = dataset.samples_recipe()
@@ -126,7 +138,8 @@ class Snapshot:
                     )
             files = {SAMPLES: receipt, **{name: column[index] for name, column in columns.items()}}
             pinned = {name: {"file": r.file, "sha256": r.sha256} for name, r in files.items()}
-            shards.append({"index": index, "rows": receipt.rows, "columns": pinned})
+            kept = {"kept": _kept(dataset, columns, index, receipt.rows, where)} if where else {}
+            shards.append({"index": index, "rows": receipt.rows, "columns": pinned, **kept})
         if not shards:
             raise WorkMissing(
                 f"{dataset.url} has no shard that is finished in {', '.join(recipes)}; run the build again"
@@ -146,6 +159,7 @@ class Snapshot:
                 for name in sorted(recipes)
             },
             "shards": shards,
+            **({"where": [str(condition) for condition in where]} if where else {}),
         }
         text = canonical(content)
         digest = sha256(text)
@@ -176,10 +190,25 @@ class Snapshot:
     def _of(cls, dataset: Dataset, digest: str, content: dict[str, Any]) -> Snapshot:
         modalities = {name: _modality(entry) for name, entry in content["modalities"].items()}
         shards = [
-            ShardRef(s["index"], s["rows"], {name: c["file"] for name, c in s["columns"].items()})
+            ShardRef(s["index"], s["rows"], {n: c["file"] for n, c in s["columns"].items()}, s.get("kept"))
             for s in content["shards"]
         ]
         return cls(dataset, digest, content, modalities, shards)
+
+
+def _kept(
+    dataset: Dataset,
+    columns: Mapping[str, Mapping[int, Receipt]],
+    shard: int,
+    rows: int,
+    where: Sequence[Condition],
+) -> str:
+    """A bitmap of the rows that fulfil all conditions."""
+    kept = np.ones(rows, bool)
+    for condition in where:
+        file = columns[condition.name][shard].file
+        kept &= condition.keeps(open_column(dataset.table(file), f"{dataset.url}/{file}"))
+    return pack_presence(kept)
 
 
 def provenances(receipts: Iterable[Receipt]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from fourmill.modality import Modality
 from fourmill.tokenize.base import codecs
 from fourmill.tokenize.boxes import BoxesCodec
 from fourmill.tokenize.pixels import PixelsCodec
+from fourmill.tokenize.scalar import ScalarCodec
 from fourmill.tokenize.spaces import Depth, Features, Vector, space_name
 from fourmill.tokenize.text import TextCodec
 from fourmill.tokenize.vocabulary import MAX_VOCABULARY, Vocabulary, train_vocabulary
@@ -128,6 +129,9 @@ def fit_codec(
         _check_options(options, modality, _PIXEL_OPTIONS)
         chosen = {name: options[name] for name in _PIXEL_OPTIONS if name in options}
         PixelsCodec(modality, image_size, **chosen).save(out)
+    elif family == "scalar":
+        _check_options(options, modality, ())
+        ScalarCodec(modality, image_size).save(out)
     else:
         raise ConfigError(f"modality {modality.name!r}: no way to fit the codec family {family!r}")
     return out

@@ -108,8 +108,7 @@ def _file_hash(file: str, size: int, modified_ns: int, inode: int) -> str:
 
 def read_json(checkpoint: Checkpoint, name: str, where: str) -> dict[str, Any]:
     """A JSON file of the checkpoint (from the hub's cache or the folder)."""
-    path = checkpoint.folder / name if checkpoint.folder is not None else _hub_file(checkpoint, name, where)
-    return _parse(path, where)
+    return _parse(file_of(checkpoint, name, where), where)
 
 
 def _parse(path: Path, where: str) -> dict[str, Any]:
@@ -126,8 +125,9 @@ def fetch(checkpoint: Checkpoint, where: str, preprocessed: bool = True) -> Chec
     """The checkpoint as a folder on this machine, with the identity that it had. A folder is returned as it is.
 
     Of a hub id the files that a labeler needs are downloaded into the hub's cache: config.json, the
-    preprocessor's (not if ``preprocessed`` is false: tokenizers have none), and weights as safetensors, nothing else. A lock in that cache makes processes that want the
-    same commit wait for one of them to download it. What is in the cache needs no request and no lock.
+    preprocessor's (not if ``preprocessed`` is false: tokenizers have none), and weights as safetensors, nothing else. A
+    lock in that cache makes processes that want the same commit wait for one of them to download it. What is in the
+    cache needs no request and no lock.
     ``where`` names the configuration key for `CheckpointError`: unknown repository or commit, no safetensors, no
     network, a cache that cannot be written.
     """
@@ -141,8 +141,12 @@ def fetch(checkpoint: Checkpoint, where: str, preprocessed: bool = True) -> Chec
     return Checkpoint(str(folder), None, checkpoint.identity)
 
 
-def _hub_file(checkpoint: Checkpoint, name: str, where: str) -> Path:
-    """One file of a hub checkpoint, from the cache if it is there."""
+def file_of(checkpoint: Checkpoint, name: str, where: str) -> Path:
+    """Where one file of a checkpoint lies on this machine; of a hub id, in the cache. CheckpointError where it has none."""
+    if checkpoint.folder is not None:
+        if not (checkpoint.folder / name).is_file():
+            raise CheckpointError(f"{where}: {checkpoint.folder} lacks {name}; copy the whole checkpoint")
+        return checkpoint.folder / name
     known, path = _in_cache(checkpoint, name)
     if not known:
         with _hub_errors(checkpoint, where), _lock(checkpoint):

@@ -91,6 +91,7 @@ class TrainConfig(_Section):
     min_target_tokens: int | None = Field(default=None, ge=1)
     mixture: tuple[MixtureComponent, ...] = Field(default_factory=default_mixture, min_length=1)
     token_init: Literal["random", "codebook"] = "random"  # codebook: similar codes of a tokenizer begin alike
+    where: tuple[str, ...] = ()  # rows to train on, by scalar modalities: "clip_score >= 0.2"; all must hold
     inputs: tuple[str, ...] | None = None  # modality names; None: all that can be inputs
     targets: tuple[str, ...] | None = None  # None: all that can be targets
     loss: Literal["mod", "token"] = "mod"
