@@ -73,7 +73,8 @@ def examine(dataset: Dataset) -> Quality:
     run = latest_run(dataset)
     short = dataset.samples_recipe()
     samples = dataset.receipts(SAMPLES, short) if short else {}
-    columns, odd = {}, []
+    columns: dict[str, ColumnQuality] = {}
+    odd: list[Odd] = []
     for name, content in run["recipes"].items():
         recipe = recipe_of(content)
         receipts = dataset.receipts(name, recipe.short) if recipe else {}

@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from fourmill.errors import ConfigError
 from fourmill.labels import NOT_APPLICABLE
 from fourmill.shards.arrow import Column
 
-_COMPARE: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+_COMPARE: dict[str, Callable[[np.ndarray, Any], np.ndarray]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,

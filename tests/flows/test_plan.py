@@ -14,9 +14,9 @@ from fourmill.flows.build import BuildOptions, build
 from fourmill.flows.plan import column_states, make_plan, retryable, why_stale
 from fourmill.flows.resolve import recipe_diff, resolve
 from fourmill.flows.status import status, status_report
+from fourmill.labels import DUPLICATE, NO_CAPTION
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.receipts import Receipt, Recipe
-from fourmill.labels import DUPLICATE, NO_CAPTION
 from fourmill.storage import Store
 
 OLD = Recipe(

@@ -110,7 +110,7 @@ def test_rows_without_a_score(url: Path) -> None:
     from fourmill.shards.arrow import column_table, open_column
 
     modality = resolve(config_of(url)).wanted["clip_score"].modality
-    cells = [[0.5], Absent("n/a: no box"), Absent("clip_score hung"), [0.1]]
+    cells: list[Any] = [[0.5], Absent("n/a: no box"), Absent("clip_score hung"), [0.1]]
     column = open_column(column_table(modality, cells, 2, {}), "x")
     (condition,) = parse_conditions(["clip_score >= 0.2"], "train.where")
     assert condition.keeps(column).tolist() == [True, True, False, False]

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 
 from fourmill.crops import draw_crops
+from fourmill.labels import DUPLICATE
 from fourmill.seeds import key64, split_of
 from fourmill.shards.arrow import write_table
-from fourmill.labels import DUPLICATE
 from fourmill.shards.decode import Frame, RejectedImage
 from fourmill.shards.samples import (
     MAX_CAPTION_CHARS,
