@@ -1,4 +1,4 @@
-"""One WordPiece vocabulary for captions and boxes, with 4M's id layout.
+"""One WordPiece vocabulary for captions and everything that is written as text, with 4M's id layout.
 
 ==========  ============================================================================================
 ids         are
@@ -7,7 +7,7 @@ ids         are
 4..203      [S_0] .. [S_199], the sentinels of span masking
 204..4203   v0=0 .. v0=999, v1=.., v2=.., v3=..: bins of four coordinates
 4204..      class names, one token each, in alphabetical order
-the rest    word pieces ("##" continues a word) trained on captions
+the rest    word pieces ("##" continues a word) trained on captions; first `WORDS`, which structures are written with
 ==========  ============================================================================================
 
 A caption that spells ``[EOS]`` or ``v0=5`` stays plain text: ids below `FIRST_CLASS` are only ever written by id.
@@ -36,6 +36,8 @@ FIRST_COORDINATE, NUM_CORNERS, NUM_BINS = 204, 4, 1000
 FIRST_CLASS = FIRST_COORDINATE + NUM_CORNERS * NUM_BINS  # 4204
 MAX_VOCABULARY = 30_000
 FILE_NAME = "vocab.json"
+#: what people and instances are introduced by: each one ordinary word piece, as in the published vocabulary
+WORDS = ("human", "pose", "global", "shape", "camera", "point", "polygon", "none")
 
 _RESERVED = (
     "[PAD]", "[UNK]", "[SOS]", "[EOS]",
@@ -98,6 +100,13 @@ class Vocabulary:
             return None
         return divmod(token - FIRST_COORDINATE, NUM_BINS)
 
+    def word(self, word: str) -> tuple[int, ...]:
+        """The ids of one of `WORDS`: a single one, unless the vocabulary was trained elsewhere or earlier."""
+        ids = tuple(self.encode_text(word))
+        if not ids or UNK in ids:
+            raise CheckpointError(f"the vocabulary cannot spell the word {word!r}; train a new one")
+        return ids
+
     def token(self, token: int) -> str:
         """How an id reads, for reports."""
         return str(self._text.id_to_token(token)) if token >= FIRST_CLASS else _RESERVED[token]
@@ -125,14 +134,18 @@ def _plain(content: dict[str, Any]) -> Tokenizer:
 def train_vocabulary(
     captions: Iterable[str], class_names: Iterable[str], size: int = MAX_VOCABULARY
 ) -> Vocabulary:
-    """A vocabulary of at most ``size`` ids, trained on ``captions``. The same input gives the same file."""
+    """A vocabulary of at most ``size`` ids, trained on ``captions``. The same input gives the same file.
+
+    `WORDS` are in it whatever the captions say, so that modalities that come later can share it.
+    """
     classes = sorted({name.strip().lower() for name in class_names})
     fixed = [*_RESERVED, *classes]
+    words = [word for word in WORDS if word not in classes]
     if not len(fixed) < size <= 1 << 16:
         raise ConfigError(
             f"vocabulary_size {size}: the special tokens alone are {len(fixed)}, the limit is 65536"
         )
-    pieces = _train_pieces(captions, fixed, size)
+    pieces = _train_pieces(captions, fixed, words, size)
     vocab = {token: i for i, token in enumerate([*fixed, *pieces])}
     tokenizer = _tokenizer(vocab)
     tokenizer.add_tokens([AddedToken(t, single_word=True, normalized=False, special=True) for t in _RESERVED])
@@ -148,8 +161,10 @@ def _tokenizer(vocab: dict[str, int] | None = None) -> Tokenizer:
     return tokenizer
 
 
-def _train_pieces(captions: Iterable[str], fixed: Sequence[str], size: int) -> list[str]:
-    """Word pieces in the order in which they were learned, without those in ``fixed``.
+def _train_pieces(
+    captions: Iterable[str], fixed: Sequence[str], words: Sequence[str], size: int
+) -> list[str]:
+    """``words``, and word pieces in the order in which they were learned, without those in ``fixed``.
 
     The trainer numbers the continuing letters ("##a") in the order of a hash table that differs between runs,
     and breaks ties by number; given beforehand, in sorted order, they make its result a function of its input.
@@ -161,7 +176,7 @@ def _train_pieces(captions: Iterable[str], fixed: Sequence[str], size: int) -> l
         letters.update(c for c in normalizer.normalize_str(caption) if not c.isspace())
     alphabet = [*sorted(letters), *(f"##{c}" for c in sorted(letters))]
     scratch = _tokenizer()
-    given = list(dict.fromkeys([*fixed, *alphabet]))[:size]
+    given = list(dict.fromkeys([*fixed, *words, *alphabet]))[:size]
     trainer = WordPieceTrainer(
         vocab_size=size, special_tokens=given, continuing_subword_prefix="##", show_progress=False
     )
