@@ -9,14 +9,13 @@ from __future__ import annotations
 import random
 import statistics
 import time
-import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fourmill.config import EngineConfig
-from fourmill.errors import FourmillError, WorkMissing
+from fourmill.errors import FourmillError, WorkMissing, first_line
 from fourmill.flows.cell import REVIVAL_POLL_S
 from fourmill.flows.committing import JobReport
 from fourmill.flows.interrupts import Drain
@@ -238,8 +237,3 @@ class Driver:
 def _is_final(cause: BaseException) -> bool:
     """Trying again cannot help: a broken contract or a damaged file."""
     return isinstance(cause, FourmillError) and not isinstance(cause, WorkMissing)
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:500] if lines else "".join(traceback.format_exception_only(error)).strip()

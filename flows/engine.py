@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fourmill.config import Config
-from fourmill.errors import ConfigError, FourmillError
+from fourmill.errors import ConfigError, FourmillError, first_line
 from fourmill.flows.committing import JobReport
-from fourmill.flows.driver import Driver, first_line
+from fourmill.flows.driver import Driver
 from fourmill.flows.interrupts import drainable
 from fourmill.flows.plan import Job, Plan
 from fourmill.flows.pool import Pool, device_of

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fourmill.errors import SourceError
+from fourmill.flows.crop_labels import crop_label
 from fourmill.flows.resolve import ORIGIN, Resolved, Wanted, fit_origin
-from fourmill.flows.specialist import crop_label
 from fourmill.labels import Absent, Label
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.samples import OK

@@ -86,7 +86,12 @@ def licenses_report(found: list[Use], url: str) -> Group:
     """A table, and a sentence for each licence that is not plainly free, with the modalities that it binds."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("modality", "labeler", "model", "revision", "licence", "shards"):
-        table.add_column(heading, justify="right" if heading == "shards" else "left", overflow="fold", no_wrap=heading == "modality")
+        table.add_column(
+            heading,
+            justify="right" if heading == "shards" else "left",
+            overflow="fold",
+            no_wrap=heading == "modality",
+        )
     marked: dict[str, list[str]] = {}
     for use in found:
         style = _STYLES[use.terms] if use.terms else ""

@@ -100,6 +100,22 @@ class MicroResult:
             measured[row] = None
 
 
+def sample_batch(size: int, n_crops: int) -> MicroBatch:
+    """One row to try labelers on: a picture with some structure, and a caption."""
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    waves = 0.5 + 0.5 * np.stack([np.sin(9 * x), np.sin(7 * y), np.sin(11 * (x + y))], axis=-1)
+    return MicroBatch(
+        name="a test image",
+        keys=["(a test image)"],
+        frames=[(255 * waves).astype(np.uint8)],
+        present=np.ones(1, bool),
+        sizes=np.full((1, 2), size, np.int32),
+        crops=np.tile(np.array([0, 0, size, size, 0], np.int32), (1, n_crops, 1)),
+        captions=[("a test image",)],
+        truth=[None],
+    )
+
+
 def _label_bytes(label: Any) -> int:
     if isinstance(label, Boxes):
         return int(label.xyxy.nbytes)

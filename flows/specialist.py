@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from fourmill.crops import crop_boxes, crop_map
-from fourmill.errors import ContractError
+from fourmill.crops import crop_map
+from fourmill.errors import ContractError, FourmillError, first_line
+from fourmill.flows.crop_labels import blank_label, crop_label, hw
 from fourmill.flows.journal import Journal
-from fourmill.flows.micro_batch import Failure, MicroBatch, MicroResult
+from fourmill.flows.micro_batch import Failure, MicroBatch, MicroResult, sample_batch
 from fourmill.flows.resolve import Wanted
 from fourmill.labelers.base import LabelBatch, Labeler
 from fourmill.labelers.figures import Measured, measure, measure_tokens
 from fourmill.labelers.quality import check
-from fourmill.labels import NO_CAPTION, Absent, Boxes, Label
+from fourmill.labels import NO_CAPTION, Absent, Label
 from fourmill.modality import Modality
 from fourmill.shards.arrow import Cell
 from fourmill.shards.dataset import Dataset
@@ -68,7 +69,7 @@ class Specialist:
         return True
 
     def ready(self) -> dict[str, Any]:
-        """Load everything; returns the environment that receipts record."""
+        """Load everything, and try it on one image; returns the environment that receipts record."""
         import torch
 
         if self._device == "cpu":  # a setting of the thread, not of the process
@@ -76,6 +77,7 @@ class Specialist:
         with self._loading:
             if self._labelers is None:
                 self._labelers = self._load()
+                self._try_out()
         device = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
         return {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
 
@@ -94,6 +96,31 @@ class Specialist:
                 codec = load_codec(folder, wanted.modality, self._image_size)
                 self._codecs[name] = codec.to(self._device)
         return loaded
+
+    def _try_out(self) -> None:
+        """Label and tokenize a test image: what cannot work at all is known before a shard is touched."""
+        import torch
+
+        for name, wanted in self._group.items():
+            tokens = [name] if name in self._codecs else []
+            try:
+                result = self._process(
+                    sample_batch(self._image_size, wanted.crop_rule["n_crops"]),
+                    [name],
+                    tokens,
+                    "a test image",
+                )
+            except torch.OutOfMemoryError as error:
+                raise FourmillError(
+                    f"modalities.{name}: not even one image fits into the memory of {self._device}; use a smaller network or "
+                    f"`precision: bf16`, or give it an actor of its own (engine.groups): {first_line(error)}"
+                ) from error
+            for failure in result.failed.values():
+                raise FourmillError(
+                    f"modalities.{name}: it cannot even label a test image: {failure.text}; "
+                    f"`fourmill check-labeler {wanted.labeler or name}` says more"
+                )
+        self._ended = None  # nobody waited for work until now
 
     def process(
         self,
@@ -251,7 +278,7 @@ class Specialist:
         """uint8 (B, n_crops, S, S, 3)"""
         return np.stack(
             [
-                np.stack([crop_map(frame, crop, _hw(size), self._image_size, "bicubic") for crop in crops])
+                np.stack([crop_map(frame, crop, hw(size), self._image_size, "bicubic") for crop in crops])
                 for frame, crops, size in zip(batch.frames, batch.crops, batch.sizes, strict=True)
             ]
         )
@@ -303,40 +330,6 @@ def _measure_tokens(modality: Modality, cells: Sequence[Cell], measured: list[Me
             measured[row] = replace(of_row, figures={**of_row.figures, **measure_tokens(modality, cell)})
 
 
-def crop_label(
-    modality: Modality, label: Label, index: int, crop: np.ndarray, size: np.ndarray, image_size: int
-) -> Label:
-    """The part of an image's label that belongs to its crop number ``index``."""
-    contract = modality.contract
-    if contract.form in ("map", "image"):
-        return crop_map(
-            label, crop, _hw(size), image_size, contract.resample, contract.flip, contract.unit_norm
-        )
-    if contract.form == "boxes":
-        return crop_boxes(label, crop, _hw(size))
-    if contract.form == "features" or (contract.form == "vector" and np.ndim(label) == 2):  # by crop
-        return label[index]
-    if contract.form == "text":
-        return label[index % len(label)]
-    return label
-
-
-def blank_label(modality: Modality, image_size: int) -> Label:
-    """What stands in the batch for a row without a label; its tokens are thrown away."""
-    contract = modality.contract
-    if contract.form in ("map", "image"):
-        channels = () if contract.channels is None else (contract.channels,)
-        blank = np.ones((image_size, image_size, *channels), np.dtype(contract.dtype))
-        return blank / np.sqrt(np.float32(contract.channels or 1)) if contract.unit_norm else blank
-    if contract.form == "boxes":
-        return Boxes.empty()
-    if contract.form == "text":
-        return ""
-    if contract.form == "vector":
-        return np.zeros(contract.channels or 1, np.float32)
-    return 0.0
-
-
 def _from_source(modality: Modality, batch: MicroBatch) -> list[Label]:
     if modality.contract.form == "image":
         return list(batch.frames)
@@ -374,10 +367,6 @@ def _part(batch: LabelBatch, start: int, size: int) -> LabelBatch:
         truth=take(batch.truth),
         upstream={name: take(labels) for name, labels in batch.upstream.items()},
     )
-
-
-def _hw(size: np.ndarray) -> tuple[int, int]:
-    return int(size[0]), int(size[1])
 
 
 def _on_device(settings: Any, device: str) -> Any:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from fourmill.errors import FourmillError, SourceError
+from fourmill.flows.crop_labels import crop_label
 from fourmill.flows.engine import device_of
 from fourmill.flows.micro_batch import MicroBatch
 from fourmill.flows.report.measures import Baseline, Measure, family_of, measure_class
 from fourmill.flows.report.view import Sample, Trained, View
-from fourmill.flows.specialist import Specialist, crop_label
+from fourmill.flows.specialist import Specialist
 from fourmill.labelers.base import LabelerSettings, labelers
 from fourmill.labels import Absent, Label
 from fourmill.shards.decode import RejectedImage, decode_frame
