@@ -22,15 +22,17 @@ from fourmill.labelers.contract_inputs import (
     N_CROPS,
     ODD_SIZES,
     USUAL_SIZES,
+    NothingToShow,
     blanked,
     digest_of,
     furthest,
     make_batch,
     take,
+    with_upstream,
     wrong_declaration,
 )
 from fourmill.labelers.quality import check
-from fourmill.labels import Absent, Label
+from fourmill.labels import Absent, Label, is_fault
 
 #: How far labels of another batch shape may be apart, as a share of their range, by precision.
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
@@ -73,7 +75,11 @@ def check_labeler(
     the two points that take a process of their own (some seconds with a network).
     """
     cls = labelers.get(labeler) if isinstance(labeler, str) else labeler
-    return list(_Suite(cls, settings or LabelerSettings(cls.modality.name), alone).verdicts())
+    try:
+        full = with_upstream(cls, settings or LabelerSettings(cls.modality.name))
+    except NothingToShow as why:
+        return [Verdict("inputs", "skipped", str(why))]
+    return list(_Suite(cls, full, alone).verdicts())
 
 
 class _Suite:
@@ -157,6 +163,8 @@ class _Suite:
         self.labels = labels
         absent = [label.reason for label in labels if isinstance(label, Absent)]
         if len(absent) == len(labels):
+            if not any(is_fault(reason) for reason in absent):
+                raise _NotAsked(f"nothing in the made-up inputs is of its kind: {absent[0]}")
             raise _Broken(f"every label is absent: {absent[0]}")
         return f"{len(labels)} labels" + (f", {len(absent)} of them absent" if absent else "")
 
@@ -325,7 +333,7 @@ class _Suite:
 def _verdict(name: str, point: Callable[[], str]) -> Verdict:
     try:
         return Verdict(name, "ok", point())
-    except _NotAsked as why:
+    except (_NotAsked, NothingToShow) as why:
         return Verdict(name, "skipped", str(why))
     except _Broken as why:
         return Verdict(name, "FAIL", str(why))

@@ -15,12 +15,9 @@ from typing import Any
 import numpy as np
 
 from fourmill.labelers.base import Labeler, LabelerSettings
-from fourmill.labelers.contract_inputs import (
-    USUAL_SIZES,
-    digest_of,
-    make_batch,
-)  #: Libraries that take seconds to import: `fourmill labelers` and every command line would wait for them.
+from fourmill.labelers.contract_inputs import USUAL_SIZES, digest_of, make_batch, with_upstream
 
+#: Libraries that take seconds to import: `fourmill labelers` and every command line would wait for them.
 HEAVY = ("torch", "torchvision", "transformers", "diffusers", "timm", "tensorflow", "jax", "onnxruntime")
 #: Environment variables that libraries set when they are imported: where they keep caches.
 LIBRARIES_SET = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -61,7 +58,8 @@ def start_alone(cls: type[Labeler], settings: LabelerSettings) -> subprocess.Pop
     """A process that finds this class by its name, without a network; None where it has no name to be found by."""
     if not is_named(cls):
         return None
-    order = {"module": cls.__module__, "class": cls.__qualname__, "settings": asdict(settings)}
+    said = {name: value for name, value in asdict(settings).items() if name != "upstream"}
+    order = {"module": cls.__module__, "class": cls.__qualname__, "settings": said}
     import torch
 
     changed = {
@@ -89,7 +87,7 @@ def label_alone() -> None:
         found = getattr(found, name)
     try:
         with _no_sockets():
-            labeler: Labeler = found(LabelerSettings(**order["settings"]))
+            labeler: Labeler = found(with_upstream(found, LabelerSettings(**order["settings"])))
             labeler.load()
             said["labels"] = digest_of(labeler.label(make_batch(labeler, USUAL_SIZES)))
     except Exception as error:  # noqa: BLE001 - it is told to whoever asked

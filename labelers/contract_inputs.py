@@ -8,18 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fourmill.labelers.base import LabelBatch, Labeler, labelers
+from fourmill.labelers.base import LabelBatch, Labeler, LabelerSettings, labelers, upstream_of
 from fourmill.labels import Absent, Boxes, Label
 from fourmill.modality import LabelContract, Modality
 from fourmill.seeds import generator
 
-#: Which forms of label each kind of modality can be made of.
+#: Which forms of label each kind of modality can be made of; forms that are not named go with any.
 FORMS: dict[str, tuple[str, ...]] = {
     "grid": ("map", "features", "image"),
     "vector": ("vector",),
@@ -43,8 +43,10 @@ def wrong_declaration(cls: type[Labeler], modality: Modality) -> str:
     contract = modality.contract
     if not _NAME.fullmatch(modality.name):
         return f"the modality's name {modality.name!r} is not lower case letters, digits and underscores"
-    if contract.form not in FORMS.get(modality.kind, ()):
-        known = ", ".join(FORMS.get(modality.kind, FORMS))
+    if modality.kind not in FORMS:
+        return f"{modality.kind!r} is no kind of modality; known: {', '.join(FORMS)}"
+    if contract.form not in FORMS[modality.kind] and any(contract.form in forms for forms in FORMS.values()):
+        known = ", ".join(FORMS[modality.kind])
         return f"a {modality.kind} cannot be made of {contract.form} labels; known: {known}"
     if not modality.codec:
         return "the modality names no codec, so that it cannot be tokenized"
@@ -96,8 +98,8 @@ def make_batch(labeler: Labeler, sizes: Sequence[tuple[int, int]], first: int = 
             for row, f in enumerate(frames)
         ],
         upstream={
-            name: [some_label(_declared(name).contract, f, first + row) for row, f in enumerate(frames)]
-            for name in labeler.upstream_modalities()
+            name: [some_label(modality.contract, f, first + row) for row, f in enumerate(frames)]
+            for name, modality in labeler.settings.upstream.items()
         },
     )
 
@@ -135,12 +137,24 @@ def blanked(batch: LabelBatch, rows: Sequence[int]) -> LabelBatch:
     )
 
 
-def _declared(name: str) -> Modality:
-    """The modality of this name, as the first labeler that makes it declares it."""
-    found = [cls.modality for _, cls in labelers.items() if cls.modality.name == name]
+class NothingToShow(Exception):
+    """No input can be made up that this labeler would understand."""
+
+
+def with_upstream(cls: type[Labeler], settings: LabelerSettings) -> LabelerSettings:
+    """The settings with what the flow adds: the modalities whose labels the labeler asks for, with their classes."""
+    names = [name for name in upstream_of(cls.inputs) if name not in settings.upstream]
+    return replace(settings, upstream={**settings.upstream, **{name: _described(name) for name in names}})
+
+
+def _described(name: str) -> Modality:
+    """A modality as the labeler of its name describes it, or another that makes it declares it."""
+    found = [cls for _, cls in labelers.items() if cls.modality.name == name]
+    if name in labelers:
+        found.insert(0, labelers.get(name))
     if not found:
-        raise LookupError(f"its input label:{name} is a modality that no labeler makes")
-    return found[0]
+        raise NothingToShow(f"its input label:{name} is a modality that no labeler makes")
+    return found[0](with_upstream(found[0], LabelerSettings(name))).describe()
 
 
 def some_label(contract: LabelContract, frame: np.ndarray, number: int) -> Label:
@@ -155,6 +169,8 @@ def some_label(contract: LabelContract, frame: np.ndarray, number: int) -> Label
         return [f"something number {number}"]
     low = 0.5 if contract.low is None else contract.low
     high = low + 10 if contract.high is None else contract.high
+    if contract.form not in ("map", "image", "features", "vector", "scalar"):
+        raise NothingToShow(f"labels of form {contract.form} cannot be made up")
     if contract.form == "scalar":
         return float(rng.uniform(low, high))
     if contract.classes or contract.units == "class id":
@@ -174,12 +190,28 @@ def digest_of(values: Sequence[Any]) -> str:
     """sha256 over labels or arrays, to the last bit."""
     digest = hashlib.sha256()
     for value in values:
-        for part in [value.xyxy, value.class_ids, value.scores] if isinstance(value, Boxes) else [value]:
+        for part in _parts(value):
             if isinstance(part, np.ndarray):
                 digest.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
             else:
                 digest.update(f"{type(part).__name__}{part!r}".encode())
     return digest.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A label as arrays and plain values, in a fixed order."""
+    if is_dataclass(value) and not isinstance(value, type):
+        yield type(value).__name__
+        for field in fields(value):
+            yield from _parts(getattr(value, field.name))
+    elif isinstance(value, (list, tuple)):
+        yield len(value)
+        for entry in value:
+            yield from _parts(entry)
+    elif isinstance(value, Mapping):
+        yield from _parts(sorted(value.items()))
+    else:
+        yield value
 
 
 def apart(a: Label, b: Label) -> float:
@@ -190,22 +222,28 @@ def apart(a: Label, b: Label) -> float:
     """
     if digest_of([a]) == digest_of([b]):
         return 0.0
-    if type(a) is not type(b):
+    ours, theirs = list(_parts(a)), list(_parts(b))
+    if len(ours) != len(theirs):
         return math.inf
-    if isinstance(a, Boxes):
-        if len(a) != len(b) or not np.array_equal(a.class_ids, b.class_ids):
-            return math.inf
-        return float(max(abs(a.xyxy - b.xyxy).max(), abs(a.scores - b.scores).max()))
-    if isinstance(a, np.ndarray):
+    return max(_part_apart(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def _part_apart(a: Any, b: Any) -> float:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         if a.shape != b.shape or a.dtype != b.dtype:
             return math.inf
         if not np.issubdtype(a.dtype, np.floating):
-            return float((a != b).mean())
-        scale = max(float(np.ptp(a)), 1e-3 * float(abs(a).max()), 1e-12)
-        return float(abs(a.astype(np.float64) - b).max()) / scale
-    if isinstance(a, (float, int, np.number)):
+            share = float((a != b).mean()) if a.size else 0.0
+            # class maps by their pixels; ids and pictures are right or wrong
+            return share if a.ndim == 2 or not share else math.inf
+        if not np.array_equal(np.isnan(a), np.isnan(b)):
+            return math.inf
+        known = np.nan_to_num(a.astype(np.float64))
+        scale = max(float(np.ptp(known)), 1e-3 * float(abs(known).max()), 1e-12) if a.size else 1.0
+        return float(abs(known - np.nan_to_num(b.astype(np.float64))).max(initial=0)) / scale
+    if isinstance(a, (float, np.floating)) and isinstance(b, (float, np.floating)):
         return abs(float(a) - float(b)) / max(1.0, abs(float(a)))
-    return math.inf
+    return 0.0 if type(a) is type(b) and a == b else math.inf
 
 
 def furthest(a: Sequence[Label], b: Sequence[Label]) -> float:
