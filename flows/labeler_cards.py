@@ -113,7 +113,7 @@ def cards_table() -> Table:
     """One row per labeler: modality, inputs, the weights for photographs and their licence."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("labeler", "modality", "inputs", "weights for photographs", "licence"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("labeler", "modality"))
     for name, cls in labelers.items():
         weights = cls.card.default if cls.card else None
         cells = (name, cls.modality.name, ", ".join(cls.inputs), weights.model if weights else NONE)
