@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 
-from fourmill.crops import crop_boxes, crop_map
-from fourmill.labels import Boxes, Label
+from fourmill.crops import crop_boxes, crop_instances, crop_map, crop_poses, draw_palette
+from fourmill.labels import Boxes, Instances, Label, Metadata, Palettes, Poses
 from fourmill.modality import Modality
+
+#: forms of which something is drawn when they are cropped
+DRAWN = frozenset({"palette", "poses", "instances"})
 
 
 def crop_label(
-    modality: Modality, label: Label, index: int, crop: np.ndarray, size: np.ndarray, image_size: int
+    modality: Modality,
+    label: Label,
+    index: int,
+    crop: np.ndarray,
+    size: np.ndarray,
+    image_size: int,
+    rng: np.random.Generator | None = None,
 ) -> Label:
-    """The part of an image's label that belongs to its crop number ``index``."""
+    """The part of an image's label that belongs to its crop number ``index``.
+
+    ``rng`` is for what 4M draws (which palette, where instances are asked for, in which order people are described);
+    without it a fixed choice is made.
+    """
     contract = modality.contract
     if contract.form in ("map", "image"):
         return crop_map(
@@ -24,7 +39,22 @@ def crop_label(
         return label[index]
     if contract.form == "text":
         return label[index % len(label)]
+    if contract.form == "palette":
+        return draw_palette(label, rng)
+    if contract.form == "poses":
+        return crop_poses(label, crop, hw(size), rng)
+    if contract.form == "instances":
+        return crop_instances(label, crop, hw(size), rng)
     return label
+
+
+_EMPTY: Mapping[str, Callable[[], Label]] = {
+    "boxes": Boxes.empty,
+    "metadata": lambda: Metadata({}),
+    "palette": lambda: Palettes(()),
+    "poses": Poses.empty,
+    "instances": Instances.empty,
+}
 
 
 def blank_label(modality: Modality, image_size: int) -> Label:
@@ -34,8 +64,8 @@ def blank_label(modality: Modality, image_size: int) -> Label:
         channels = () if contract.channels is None else (contract.channels,)
         blank = np.ones((image_size, image_size, *channels), np.dtype(contract.dtype))
         return blank / np.sqrt(np.float32(contract.channels or 1)) if contract.unit_norm else blank
-    if contract.form == "boxes":
-        return Boxes.empty()
+    if contract.form in _EMPTY:
+        return _EMPTY[contract.form]()
     if contract.form == "text":
         return ""
     if contract.form == "vector":

@@ -31,6 +31,10 @@ _SHAPES = {
     "scalar": "one number",
     "text": "a list of strings",
     "boxes": "xyxy (N, 4); class ids (N,) int64; scores (N,) float32 in [0, 1]; best first",
+    "metadata": "numbers by name",
+    "palette": "palettes of 1 to 7 colours, each (n, 3)",
+    "poses": "boxes (N, 4), joints (N, 23, 3, 3) or their tokens (N, 8), orientations, shapes, cameras",
+    "instances": "boxes (N, 4) and outlines, or tokens of masks (N, 16)",
 }
 
 

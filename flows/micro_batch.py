@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fourmill.labelers.figures import Measured
-from fourmill.labels import Absent, Boxes, Label
+from fourmill.labels import Absent, Label, parts_of
 from fourmill.shards.arrow import Cell
 
 
@@ -117,6 +117,4 @@ def sample_batch(size: int, n_crops: int) -> MicroBatch:
 
 
 def _label_bytes(label: Any) -> int:
-    if isinstance(label, Boxes):
-        return int(label.xyxy.nbytes)
-    return int(getattr(label, "nbytes", 64))
+    return sum(int(getattr(part, "nbytes", 64)) for part in parts_of(label))

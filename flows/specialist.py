@@ -21,7 +21,7 @@ import numpy as np
 
 from fourmill.crops import crop_map
 from fourmill.errors import ContractError, FourmillError, first_line
-from fourmill.flows.crop_labels import blank_label, crop_label, hw
+from fourmill.flows.crop_labels import DRAWN, blank_label, crop_label, hw
 from fourmill.flows.journal import Journal
 from fourmill.flows.micro_batch import Failure, MicroBatch, MicroResult, sample_batch
 from fourmill.flows.resolve import Wanted
@@ -30,6 +30,7 @@ from fourmill.labelers.figures import Measured, measure, measure_tokens
 from fourmill.labelers.quality import check
 from fourmill.labels import NO_CAPTION, Absent, Label
 from fourmill.modality import Modality
+from fourmill.seeds import generator, key64
 from fourmill.shards.arrow import Cell
 from fourmill.shards.dataset import Dataset
 from fourmill.tokenize.base import Codec, load_codec
@@ -54,6 +55,7 @@ class Specialist:
         self._group = {wanted.name: wanted for wanted in group}
         self._image_size = image_size
         self._device = device
+        self._seed = 0  # the dataset's, once it is open
         self._labelers: dict[str, Labeler] | None = None
         self._codecs: dict[str, Codec] = {}
         self._journal = Journal(Path(journal[0]), journal[1]) if journal else None
@@ -90,6 +92,7 @@ class Specialist:
                 labeler.load()
                 loaded[name] = labeler
         dataset = Dataset(self._dataset_url)
+        self._seed = int(dataset.identity.get("seed", 0))
         for name, wanted in self._group.items():
             if wanted.tokenizer is not None:
                 folder = dataset.tokenizer_folder(name, wanted.tokenizer[:12])
@@ -290,14 +293,15 @@ class Specialist:
         n_crops = batch.crops.shape[1]
         blank = blank_label(wanted.modality, self._image_size)
         cropped: list[Label] = []
-        for label, crops, size in zip(labels, batch.crops, batch.sizes, strict=True):
+        for key, label, crops, size in zip(batch.keys, labels, batch.crops, batch.sizes, strict=True):
             for index, crop in enumerate(crops):
-                absent = isinstance(label, Absent)
-                cropped.append(
-                    blank
-                    if absent
-                    else crop_label(wanted.modality, label, index, crop, size, self._image_size)
-                )
+                if isinstance(label, Absent):
+                    cropped.append(blank)
+                    continue
+                rng = None
+                if wanted.modality.contract.form in DRAWN:
+                    rng = generator(self._seed, f"crop of {wanted.name}", key64(key), index)
+                cropped.append(crop_label(wanted.modality, label, index, crop, size, self._image_size, rng))
         if wanted.modality.contract.form == "features":
             shapes = (label.shape for label in cropped if isinstance(label, np.ndarray) and label.ndim == 3)
             shape = next(shapes, None)

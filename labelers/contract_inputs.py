@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fourmill.labelers.base import LabelBatch, Labeler, LabelerSettings, labelers, upstream_of
-from fourmill.labels import Absent, Boxes, Label
+from fourmill.labels import Absent, Boxes, Instances, Label, Metadata, Palettes, Poses
 from fourmill.modality import LabelContract, Modality
 from fourmill.seeds import generator
 
@@ -23,7 +23,7 @@ from fourmill.seeds import generator
 FORMS: dict[str, tuple[str, ...]] = {
     "grid": ("map", "features", "image"),
     "vector": ("vector",),
-    "sequence": ("boxes", "text"),
+    "sequence": ("boxes", "text", "metadata", "palette", "poses", "instances"),
     "pixels": ("image",),
     "embedding": ("vector", "features"),
     "scalar": ("scalar",),
@@ -157,6 +157,16 @@ def _described(name: str) -> Modality:
     return found[0](with_upstream(found[0], LabelerSettings(name))).describe()
 
 
+_SOME: Mapping[str, Callable[[np.random.Generator], Label]] = {
+    "metadata": lambda rng: Metadata({"brightness": rng.uniform(0, 255), "n_humans": int(rng.integers(9))}),
+    "palette": lambda rng: Palettes((rng.integers(0, 256, (3, 3)).astype(np.uint8),)),
+    "poses": lambda rng: Poses.of([[0.1, 0.2, 0.5, 0.9]], pose_ids=rng.integers(0, 1024, (1, 8))),
+    "instances": lambda rng: Instances.of(
+        [[0.1, 0.2, 0.5, 0.9]], [[[0.1, 0.2], [0.5, 0.2], [0.3, 0.9]]], rng.integers(0, 1024, (1, 16))
+    ),
+}
+
+
 def some_label(contract: LabelContract, frame: np.ndarray, number: int) -> Label:
     """A label that keeps the contract and means nothing, of a frame uint8 (H, W, 3)."""
     rng = generator(0, "contract label", number)
@@ -167,6 +177,8 @@ def some_label(contract: LabelContract, frame: np.ndarray, number: int) -> Label
         return Boxes(xyxy, rng.integers(0, count, 3), np.ones(3, np.float32))
     if contract.form == "text":
         return [f"something number {number}"]
+    if contract.form in _SOME:
+        return _SOME[contract.form](rng)
     low = 0.5 if contract.low is None else contract.low
     high = low + 10 if contract.high is None else contract.high
     if contract.form not in ("map", "image", "features", "vector", "scalar"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fourmill.labels import Absent, Boxes, Label
+from fourmill.labels import Absent, Boxes, Instances, Label, Metadata, Palettes, Poses
 from fourmill.modality import LabelContract, Modality
 
 LOOKED_AT = 64  # at most so many pixels along each side of a map
@@ -29,6 +29,10 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
     "vectors": ("x", "y", "z", "spread", "constant"),  # maps of unit vectors
     "classes": ("classes", "largest", "constant"),  # maps of class ids
     "boxes": ("boxes", "empty", "score", "area"),
+    "metadata": ("fields", "empty"),
+    "palette": ("palettes", "empty"),
+    "poses": ("people", "empty", "area"),
+    "instances": ("instances", "empty", "area"),
     "features": ("norm", "spread", "constant"),
     "vector": ("mean", "norm", "constant"),
     "text": ("words", "empty"),
@@ -127,6 +131,31 @@ def _boxes(label: Boxes, contract: LabelContract) -> Measured:
     return Measured(_floats(figures), {name: names.count(name) / len(names) for name in set(names)})
 
 
+def _metadata(label: Metadata, contract: LabelContract) -> Measured:
+    shares = {name: 1 / len(label) for name in label.values}
+    return Measured(_floats({"fields": len(label), "empty": len(label) == 0}), shares)
+
+
+def _palette(label: Palettes, contract: LabelContract) -> Measured:
+    return Measured(_floats({"palettes": len(label), "empty": len(label) == 0}))
+
+
+def _poses(label: Poses, contract: LabelContract) -> Measured:
+    return _counted("people", label.xyxy)
+
+
+def _instances(label: Instances, contract: LabelContract) -> Measured:
+    return _counted("instances", label.xyxy)
+
+
+def _counted(name: str, xyxy: np.ndarray) -> Measured:
+    figures: dict[str, float] = {name: len(xyxy), "empty": len(xyxy) == 0}
+    if len(xyxy):
+        width, height = (xyxy[:, 2:] - xyxy[:, :2]).T
+        figures["area"] = (width * height).mean()
+    return Measured(_floats(figures))
+
+
 def _features(label: np.ndarray, contract: LabelContract) -> Measured:
     vectors = label.reshape(-1, label.shape[-1]).astype(np.float64)
     norms = np.linalg.norm(vectors, axis=1)
@@ -170,6 +199,10 @@ _MEASURES: dict[str, Callable[[Any, LabelContract], Measured]] = {
     "vectors": _vectors,
     "classes": _classes,
     "boxes": _boxes,
+    "metadata": _metadata,
+    "palette": _palette,
+    "poses": _poses,
+    "instances": _instances,
     "features": _features,
     "vector": _vector,
     "text": _text,
@@ -292,6 +325,9 @@ DEFAULT_LIMITS: Mapping[str, Mapping[str, Limit]] = {
     "classes": {"constant": Limit(warn_above=0.5)},
     "features": {"constant": Limit(warn_above=0.2, refuse_above=0.9)},
     "boxes": {"empty": Limit(warn_above=0.9)},
+    "metadata": {"empty": Limit(warn_above=0.2)},
+    "palette": {"empty": Limit(warn_above=0.2)},
+    "instances": {"empty": Limit(warn_above=0.9)},
     "image": {"constant": Limit(warn_above=0.5)},
 }
 

@@ -6,13 +6,26 @@ else wrote and a dataset. A violation is a fault of the labeler, not of the samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fourmill.errors import ContractError
-from fourmill.labels import Absent, Boxes, Label
+from fourmill.errors import ContractError, nearest
+from fourmill.labels import (
+    MASK_TOKENS,
+    MAX_COLOURS,
+    MAX_TOKEN_ID,
+    METADATA,
+    POSE_FIELDS,
+    Absent,
+    Boxes,
+    Instances,
+    Label,
+    Metadata,
+    Palettes,
+    Poses,
+)
 from fourmill.modality import LabelContract, Modality
 
 #: Lengths of unit vectors may differ from one by this much (float16 storage and resampling included).
@@ -141,6 +154,89 @@ def _box_values(boxes: Boxes, contract: LabelContract) -> Verdict:
     return None
 
 
+def _check_metadata(label: Any, contract: LabelContract, size: tuple[int, ...]) -> Verdict:
+    if not isinstance(label, Metadata):
+        return f"is a {type(label).__name__}, not Metadata"
+    for name, value in label.values.items():
+        if name not in METADATA:
+            return f"has the field {name!r}{nearest(str(name), METADATA)}"
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+            return f"has a {type(value).__name__} as {name}, not a number"
+        if not np.isfinite(value):
+            return f"has {value} as {name}"
+    return None
+
+
+def _check_palette(label: Any, contract: LabelContract, size: tuple[int, ...]) -> Verdict:
+    if not isinstance(label, Palettes):
+        return f"is a {type(label).__name__}, not Palettes"
+    for colours in label.colours:
+        if not isinstance(colours, np.ndarray) or colours.dtype != np.uint8 or colours.ndim != 2:
+            return "has a palette that is no uint8 (n, 3) array"
+        if colours.shape[1] != 3 or not 1 <= len(colours) <= MAX_COLOURS:
+            return (
+                f"has a palette of shape {colours.shape}; 1 to {MAX_COLOURS} colours of 3 values are expected"
+            )
+    return None
+
+
+def _check_poses(label: Any, contract: LabelContract, size: tuple[int, ...]) -> Verdict:
+    if not isinstance(label, Poses):
+        return f"is a {type(label).__name__}, not Poses"
+    wrong = _fields(
+        label, {name: ((len(label), *shape), dtype) for name, (shape, dtype) in POSE_FIELDS.items()}
+    )
+    if wrong or not len(label):
+        return wrong
+    for name in ("xyxy", "orient", "betas", "camera"):
+        if not np.isfinite(getattr(label, name)).all():
+            return f"has {name} that is not finite"
+    if not (label.xyxy[:, 2:] > label.xyxy[:, :2]).all():
+        return "has a box with x1 <= x0 or y1 <= y0; the order is x0, y0, x1, y1"
+    known = np.isfinite(label.body_pose).all((1, 2, 3)) | (label.pose_ids >= 0).all(1)
+    if not known.all():
+        return "has somebody with neither body_pose nor pose_ids"
+    if (np.sort(label.orders, axis=1) != np.arange(4)).any():
+        return "has orders that are no permutations of 0 to 3"
+    return _ids(label.pose_ids, "pose_ids")
+
+
+def _check_instances(label: Any, contract: LabelContract, size: tuple[int, ...]) -> Verdict:
+    if not isinstance(label, Instances):
+        return f"is an {type(label).__name__}, not Instances"
+    count = len(label)
+    wrong = _fields(label, {"xyxy": ((count, 4), np.float64), "mask_ids": ((count, MASK_TOKENS), np.int64)})
+    if wrong:
+        return wrong
+    if len(label.polygons) != count:
+        return f"has {len(label.polygons)} polygons for {count} boxes"
+    for values in (label.xyxy, *label.polygons):
+        if values.size and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            return "has a box or polygon outside [0, 1]; they are normalised to the image"
+    for polygon in label.polygons:
+        if polygon.shape[1:] != (2,) or polygon.dtype != np.float64 or len(polygon) < 3:
+            return f"has a polygon {polygon.dtype} {polygon.shape}, not float64 (3 or more, 2)"
+    if not ((label.xyxy[:, 2] >= label.xyxy[:, 0]) & (label.xyxy[:, 3] >= label.xyxy[:, 1])).all():
+        return "has a box with x1 < x0 or y1 < y0; the order is x0, y0, x1, y1"
+    return _ids(label.mask_ids, "mask_ids")
+
+
+def _fields(label: Any, expected: Mapping[str, tuple[tuple[int, ...], Any]]) -> Verdict:
+    for name, (shape, dtype) in expected.items():
+        array = getattr(label, name)
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            return f"has {name} {found}, not {np.dtype(dtype)} {shape}"
+    return None
+
+
+def _ids(ids: np.ndarray, name: str) -> Verdict:
+    known = (ids >= 0).all(1) & (ids < MAX_TOKEN_ID).all(1)
+    if not (known | (ids == -1).all(1)).all():
+        return f"has {name} that are neither below {MAX_TOKEN_ID} nor -1 throughout a row"
+    return None
+
+
 _CHECKS: dict[str, Callable[[Any, LabelContract, tuple[int, ...]], Verdict]] = {
     "map": _check_map,
     "features": _check_features,
@@ -149,4 +245,8 @@ _CHECKS: dict[str, Callable[[Any, LabelContract, tuple[int, ...]], Verdict]] = {
     "scalar": _check_scalar,
     "text": _check_text,
     "boxes": _check_boxes,
+    "metadata": _check_metadata,
+    "palette": _check_palette,
+    "poses": _check_poses,
+    "instances": _check_instances,
 }

@@ -4,7 +4,7 @@ Written tars are USTAR with every field that could differ set to a constant (mti
 members give the same bytes. A tar of kept labels has, for row r of the shard, members that start with six digits
 (keys may hold dots and slashes, WebDataset's member keys may not)::
 
-    000017.json     {"key": the sample's key, ...}; boxes, texts, scalars and the reason of an absent label are here
+    000017.json     {"key": the sample's key, ...}; boxes, texts, scalars, structures and the reason of an absent label are here
     000017.npy      maps, features and vectors, in the contract's `stored` dtype
     000017.png      8-bit maps (class ids, masks)
 
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from fourmill.errors import ContractError, DatasetError
-from fourmill.labels import Absent, Boxes, Label
+from fourmill.labels import NUM_JOINTS, Absent, Boxes, Instances, Label, Metadata, Palettes, Poses
 from fourmill.modality import Modality
 
 BLOCK = 512
@@ -195,6 +195,8 @@ def _members(keys: Sequence[str], labels: Sequence[Label], modality: Modality) -
             facts["absent"] = label.reason
         elif isinstance(label, Boxes):
             facts |= _boxes_json(label, modality.contract.classes)
+        elif isinstance(label, (Metadata, Palettes, Poses, Instances)):
+            facts["label"] = _structure_json(label)
         elif isinstance(label, np.ndarray):
             payload = _array_bytes(label, modality, key)
         elif modality.contract.form == "text":
@@ -215,6 +217,45 @@ def _boxes_json(boxes: Boxes, classes: Sequence[str]) -> dict[str, Any]:
         "scores": boxes.scores.astype(float).tolist(),
     }
     return facts | ({"class_names": [classes[i] for i in ids]} if classes else {})
+
+
+def _structure_json(label: Metadata | Palettes | Poses | Instances) -> dict[str, Any]:
+    """Numbers survive JSON, see `_boxes_json`; NaN of joints that are not known is written as null."""
+    if isinstance(label, Metadata):
+        return {
+            name: value if isinstance(value, int) else float(value) for name, value in label.values.items()
+        }
+    if isinstance(label, Palettes):
+        return {"colours": [colours.tolist() for colours in label.colours]}
+    if isinstance(label, Poses):
+        known = np.isfinite(label.body_pose).all((1, 2, 3))
+        rest = {
+            name: getattr(label, name).astype(float).tolist()
+            for name in ("xyxy", "orient", "betas", "camera")
+        }
+        body = [
+            joints.astype(float).tolist() if k else None
+            for joints, k in zip(label.body_pose, known, strict=True)
+        ]
+        ids = {"pose_ids": label.pose_ids.tolist(), "orders": label.orders.tolist()}
+        return {**rest, **ids, "body_pose": body}
+    return {
+        "xyxy": label.xyxy.tolist(),
+        "polygons": [polygon.tolist() for polygon in label.polygons],
+        "mask_ids": label.mask_ids.tolist(),
+    }
+
+
+def _structure(form: str, facts: dict[str, Any]) -> Label:
+    if form == "metadata":
+        return Metadata(dict(facts))
+    if form == "palette":
+        return Palettes(tuple(np.array(colours, np.uint8).reshape(-1, 3) for colours in facts["colours"]))
+    if form == "poses":
+        unknown = np.full((NUM_JOINTS, 3, 3), np.nan)
+        body = [unknown if joints is None else joints for joints in facts["body_pose"]]
+        return Poses.of(**{**facts, "body_pose": np.array(body, np.float64)})
+    return Instances.of(**facts)
 
 
 def _array_bytes(label: np.ndarray, modality: Modality, key: str) -> tuple[str, bytes]:
@@ -305,6 +346,8 @@ def _label(parts: dict[str, bytes], modality: Modality) -> Label:
         xyxy = np.array(facts["boxes"], np.float32).reshape(count, 4)
         scores = np.array(facts["scores"], np.float32).reshape(count)
         return Boxes(xyxy, np.array(facts["class_ids"], np.int64).reshape(count), scores)
+    if contract.form in ("metadata", "palette", "poses", "instances"):
+        return _structure(contract.form, facts["label"])
     if contract.form == "text":
         return [str(text) for text in facts["texts"]]
     return float(facts["value"])

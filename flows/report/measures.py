@@ -19,8 +19,9 @@ from fourmill.modality import LabelContract, Modality
 from fourmill.train.metrics import abs_rel, ap50, confusion, delta1, mean_angular_error_deg
 
 Family = Literal[
-    "image", "depth", "relative", "normal", "classes", "boxes", "text", "features", "map", "vector", "scalar"
-]
+    "image", "depth", "relative", "normal", "classes", "boxes", "text", "features", "map", "vector", "scalar",
+    "metadata", "palette", "poses", "instances",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,17 @@ class TextMeasure(Mean):
     functions = (_token_f1, _exact)
 
 
+def _off_by(made: Label, reference: Label, contract: LabelContract) -> float:
+    return float(abs(len(made) - len(reference)))
+
+
+class CountMeasure(Mean):
+    """Of structures that are sets of something: how many there are too few or too many."""
+
+    figures = (Figure("off_by", "off by", "lower", "", 2),)
+    functions = (_off_by,)
+
+
 class ClassMeasure(Measure):
     """Counts over the pixels of all images, of which the mean IoU is made."""
 
@@ -223,6 +235,10 @@ _MEASURES: dict[Family, type[Measure]] = {
     "map": MapMeasure,
     "vector": FeatureMeasure,
     "scalar": MapMeasure,
+    "metadata": CountMeasure,
+    "palette": CountMeasure,
+    "poses": CountMeasure,
+    "instances": CountMeasure,
 }
 
 

@@ -11,6 +11,9 @@ from typing import Literal
 
 Kind = Literal["grid", "vector", "sequence", "pixels", "embedding", "scalar"]
 FlipRule = Literal["mirror", "mirror_negate_x", "none"]
+Form = Literal[
+    "map", "features", "boxes", "text", "vector", "scalar", "image", "metadata", "palette", "poses", "instances"
+]
 Resample = Literal["nearest", "bilinear", "bicubic"]
 
 
@@ -18,7 +21,7 @@ Resample = Literal["nearest", "bilinear", "bicubic"]
 class LabelContract:
     """What a label of this modality is, whoever made it. Checked on every batch."""
 
-    form: Literal["map", "features", "boxes", "text", "vector", "scalar", "image"]
+    form: Form
     dtype: str  # of the label in memory, e.g. "float32"
     stored: str = ""  # dtype that labels are rounded to as soon as they are made, and kept in ("": dtype)
     channels: int | None = None  # None: no channel axis; 0: known when the network is loaded
