@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from fourmill.flows.status import latest_run, recipe_of
+from fourmill.flows.status import latest_run, recipe_of, warnings_of
 from fourmill.labelers.figures import Tally
 from fourmill.labels import is_fault
 from fourmill.shards.dataset import SAMPLES, Dataset
@@ -102,14 +102,13 @@ def _column(receipts: Mapping[int, Receipt], tallies: Mapping[int, Tally]) -> Co
         for name in sorted(total.sums)
         if total.sums[name][0]
     }
-    warnings = Counter(warning.split(" is ")[0] for r in receipts.values() for warning in r.warnings)
     values: dict[str, set[str]] = {}
     for receipt in receipts.values():
         for key, value in receipt.environment.items():
             values.setdefault(key, set()).add(str(value))
     mixed = {key: sorted(found) for key, found in values.items() if len(found) > 1}
     measured = sum(bool(receipt.figures) for receipt in receipts.values())
-    return ColumnQuality(len(receipts), measured, total.rows, figures, dict(warnings), mixed)
+    return ColumnQuality(len(receipts), measured, total.rows, figures, warnings_of(receipts.values()), mixed)
 
 
 def _odd_ones(column: str, receipts: Mapping[int, Receipt], tallies: Mapping[int, Tally]) -> Iterator[Odd]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,9 @@ class Status:
     reasons: dict[str, dict[str, int]]  # column -> reason -> rows
     parked: dict[str, dict[int, str]]  # column -> shard -> error
     why_stale: dict[str, list[str]] = field(default_factory=dict)  # column -> what its recipe had instead
+    warnings: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # column -> figure beyond its limit -> shards
 
     def to_json(self) -> dict[str, Any]:
         fields = ModalityStatus.__dataclass_fields__
@@ -74,7 +79,7 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
     samples = {shard: receipt for shard, receipt in samples.items() if shard in shards}
     recipes = {name: recipe_of(content) for name, content in run["recipes"].items()}
     states, listings = column_states(dataset, recipes, list(shards))
-    modalities, reasons, parked, why = {}, {}, {}, {}
+    modalities, reasons, parked, why, warnings = {}, {}, {}, {}, {}
     bad = {shard: ~receipt.presence_mask() for shard, receipt in samples.items() if receipt.absent}
     if samples:
         reasons[SAMPLES] = _sum(receipt.absent for receipt in samples.values())
@@ -86,6 +91,8 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
             receipts = {shard: receipt for shard, receipt in receipts.items() if shard in state.finished}
         modalities[name] = _modality(state, receipts, len(shards))
         reasons[name] = _sum(receipt.absent for receipt in receipts.values())
+        if warned := warnings_of(receipts.values()):
+            warnings[name] = warned
         if recipe and state.parked:
             found = dataset.parked(name, recipe.short)
             parked[name] = {
@@ -101,7 +108,9 @@ def status(dataset: Dataset, run: dict[str, Any] | None = None) -> Status:
     complete = bool(shards) and len(samples) == len(shards)
     complete = complete and all(m.finished == len(shards) for m in modalities.values())
     rejected = sum(int(rows.sum()) - samples[shard].absent.get(DUPLICATE, 0) for shard, rows in bad.items())
-    return Status(sum(shards.values()), len(shards), complete, rejected, modalities, reasons, parked, why)
+    return Status(
+        sum(shards.values()), len(shards), complete, rejected, modalities, reasons, parked, why, warnings
+    )
 
 
 def recipe_of(content: dict[str, Any] | None) -> Recipe | None:
@@ -131,6 +140,11 @@ def _failed_rows(dataset: Dataset, receipt: Receipt) -> np.ndarray:
     return absent
 
 
+def warnings_of(receipts: Iterable[Receipt]) -> dict[str, int]:
+    """By figure, the shards in which it is beyond its limit."""
+    return dict(Counter(warning.split(" is ")[0] for r in receipts for warning in r.warnings))
+
+
 def _sum(counts: Any) -> dict[str, int]:
     total: dict[str, int] = {}
     for part in counts:
@@ -151,10 +165,14 @@ def status_report(report: Status, url: str) -> Group:
         parts.append(
             Text(f"{report.rejected} samples set aside in all; the reasons stand in the files, row by row")
         )
+    for column, figures in report.warnings.items():
+        for figure, shards in figures.items():
+            said = f"{column}: {figure} is beyond its limit in {shards} shards (fourmill qa {url})"
+            parts.append(Text(said, style="yellow"))
     for column, changes in report.why_stale.items():
         parts.append(Text(f"stale {column}: {'; '.join(changes)}", style="yellow"))
-    for column, shards in report.parked.items():
-        for shard, error in shards.items():
+    for column, errors in report.parked.items():
+        for shard, error in errors.items():
             parts.append(Text(f"  parked: {column} shard {shard}: {error}", style="yellow"))
     return Group(*parts)
 

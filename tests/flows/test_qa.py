@@ -164,7 +164,7 @@ def test_figures_are_in_receipts(tmp_path: Path) -> None:
 
 
 def test_a_shard_whose_figures_are_beyond_a_limit_is_parked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A network that sees nothing: every label keeps its contract, and is the same everywhere."""
     monkeypatch.setattr(
@@ -179,6 +179,9 @@ def test_a_shard_whose_figures_are_beyond_a_limit_is_parked(
         build(config_of(tmp_path / "ds", constant={"warn_above": 0.2}))
     found = examine(Dataset(str(tmp_path / "ds"))).columns["depth"]
     assert found.warnings == {"constant": 2}
+    capsys.readouterr()
+    assert call_main("status", tmp_path / "ds") == 0
+    assert "depth: constant is beyond its limit in 2 shards" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_limit_of_a_figure_that_is_not_measured(tmp_path: Path) -> None:
