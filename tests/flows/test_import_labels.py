@@ -62,8 +62,15 @@ def test_looked_at_written_and_built(
         "url": "masks", "suffix": "_mask", "classes": ["floor", "wall", "box"],
     }  # fmt: skip
     keep = ("--set", "modalities.semseg.keep_labels=true")
-    strict = ("--set", "engine.max_absent_rows=1", "--set", "engine.max_absent_share=0")  # one fault in a shard
-    assert call_main("build", "c.yaml", *keep, *strict, "--no-prefect") == 0, "to have no label is nobody's fault"
+    strict = (
+        "--set",
+        "engine.max_absent_rows=1",
+        "--set",
+        "engine.max_absent_share=0",
+    )  # one fault in a shard
+    assert call_main("build", "c.yaml", *keep, *strict, "--no-prefect") == 0, (
+        "to have no label is nobody's fault"
+    )
     _check_built(world)
 
 
