@@ -93,6 +93,9 @@ class Labeler(ABC):
     notes: ClassVar[tuple[str, ...]] = ()
     #: options that the configuration may set beside the common ones, with their defaults
     options: ClassVar[Mapping[str, Any]] = {}
+    #: those of them that came after labels had been made: at its default such an option is left out of the recipe, so
+    #: that these labels keep theirs. (An option that is new with its labeler, or its `version`, need not be named.)
+    later_options: ClassVar[frozenset[str]] = frozenset()
     batch_size: ClassVar[int] = 16
     #: where its weights come from, and what they may be used for
     card: ClassVar[Card | None] = None
@@ -156,5 +159,9 @@ class Labeler(ABC):
             "version": self.version,
             "weights": checkpoint.identity if checkpoint else None,
             "precision": self.settings.precision,
-            "params": self.params,
+            "params": {
+                name: value
+                for name, value in self.params.items()
+                if name not in self.later_options or value != self.options[name]
+            },
         }

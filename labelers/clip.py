@@ -11,7 +11,7 @@ import numpy as np
 from fourmill.errors import CheckpointError, ConfigError
 from fourmill.labelers.base import LabelBatch, register
 from fourmill.labelers.card import Card, Weights
-from fourmill.labelers.letterbox import Placement, letterbox
+from fourmill.labelers.letterbox import Placement
 from fourmill.labelers.network import NetworkLabeler
 from fourmill.labels import Label
 from fourmill.modality import LabelContract, Modality
@@ -90,8 +90,8 @@ class Clip(NetworkLabeler):
         if batch.crops is None:
             raise ConfigError(f"{self.where}: the clip labeler sees crops, and this batch has none")
         crops = batch.crops.reshape(-1, *batch.crops.shape[2:])
-        canvas, placements = letterbox(list(crops), self.side, self.preprocessing.fill)
         with torch.inference_mode():
+            canvas, placements = self.canvas(list(crops))
             return self.read(self.run(canvas, interpolate_pos_encoding=self._resized), placements)
 
     @property

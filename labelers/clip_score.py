@@ -12,7 +12,7 @@ from fourmill.errors import CheckpointError, ConfigError, nearest
 from fourmill.labelers.base import LabelBatch, LabelerSettings, register
 from fourmill.labelers.card import LETTERBOXED, Card
 from fourmill.labelers.clip import CARD
-from fourmill.labelers.letterbox import Placement, letterbox
+from fourmill.labelers.letterbox import Placement
 from fourmill.labelers.network import NETWORK_OPTIONS, NetworkLabeler
 from fourmill.labels import NO_CAPTION, Absent, Label
 from fourmill.modality import LabelContract, Modality
@@ -113,7 +113,7 @@ class ClipScore(NetworkLabeler):
             torch.tensor([getattr(one, name) for one in encoded], device=device)
             for name in ("ids", "attention_mask")
         )
-        canvas, placements = letterbox(batch.frames, self.side, self.preprocessing.fill)
+        canvas, placements = self.canvas(batch.frames)
         resized = self.side != self.network.config.vision_config.image_size
         with torch.inference_mode():
             output = self.run(canvas, input_ids=ids, attention_mask=mask, interpolate_pos_encoding=resized)

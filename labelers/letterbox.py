@@ -62,6 +62,30 @@ def _resize(frame: np.ndarray, at: Placement) -> np.ndarray:
     return np.asarray(image.resize((at.width, at.height), Image.Resampling.BICUBIC))
 
 
+def letterbox_on(
+    device: torch.device | str,
+    frames: Sequence[np.ndarray],
+    side: int,
+    fill: tuple[int, int, int] = (0, 0, 0),
+) -> tuple[torch.Tensor, list[Placement]]:
+    """`letterbox` on a device: uint8 (B, 3, side, side). Where it resamples, some values are off by one level, few by two."""
+    import torch
+    import torch.nn.functional as F
+
+    colour = torch.tensor(fill, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
+    canvas = colour.repeat(len(frames), 1, side, side)
+    placements = [place((frame.shape[0], frame.shape[1]), side) for frame in frames]
+    for at in dict.fromkeys(placements):  # frames of one size together
+        rows = [row for row, other in enumerate(placements) if other == at]
+        pixels = torch.from_numpy(np.stack([frames[row] for row in rows])).to(device).permute(0, 3, 1, 2)
+        size = (at.height, at.width)
+        if size != at.frame:
+            smooth = F.interpolate(pixels.float(), size, mode="bicubic", align_corners=False, antialias=True)
+            pixels = smooth.round_().clamp_(0, 255).to(torch.uint8)
+        canvas[rows, :, at.top : at.top + at.height, at.left : at.left + at.width] = pixels
+    return canvas, placements
+
+
 def map_to_frame(values: torch.Tensor, at: Placement) -> torch.Tensor:
     """Float (C, h, w) over the canvas, at any resolution -> (C, H, W) over the frame.
 
@@ -73,14 +97,18 @@ def map_to_frame(values: torch.Tensor, at: Placement) -> torch.Tensor:
     return _interpolate(inside, at.frame)
 
 
+def needs_antialias(old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Below half size two neighbours no longer cover all pixels; above it plain interpolation is exact on ramps."""
+    return 2 * new[0] < old[0] or 2 * new[1] < old[1]
+
+
 def _interpolate(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     import torch.nn.functional as F
 
-    height, width = values.shape[-2:]
-    if (height, width) == size:
+    old = (values.shape[-2], values.shape[-1])
+    if old == size:
         return values
-    # below half size two neighbours no longer cover all pixels; above it plain interpolation is exact on ramps
-    antialias = 2 * size[0] < height or 2 * size[1] < width
+    antialias = needs_antialias(old, size)
     return F.interpolate(values[None], size, mode="bilinear", align_corners=False, antialias=antialias)[0]
 
 

@@ -18,13 +18,39 @@ import numpy as np
 from fourmill.checkpoints import Checkpoint, fetch, read_json
 from fourmill.errors import CheckpointError, ConfigError, nearest
 from fourmill.labelers.base import LabelBatch, Labeler, LabelerSettings
-from fourmill.labelers.letterbox import Placement, letterbox
+from fourmill.labelers.letterbox import Placement, letterbox, letterbox_on
 from fourmill.labels import Label
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 #: Options of every network labeler. ``input_size``: side of the square that the network sees (None: what its
-#: preprocessor says). ``attention``: "auto" lets transformers choose; "sdpa" and "eager" insist.
-NETWORK_OPTIONS: Mapping[str, Any] = {"input_size": None, "attention": "auto"}
+#: preprocessor says). ``attention``: "auto" lets transformers choose; "sdpa" and "eager" insist. ``channels_last``: the
+#: order of an image in memory that convolutions on a GPU like ("auto": there, for families with many of them; true, false).
+#: ``compile``: by torch.compile, some minutes at first. ``resize`` on the "host" (Pillow) or the "device": the same but for a few
+#: pixels' rounding, and no time of the processor; for a GPU that waits for it.
+NETWORK_OPTIONS: Mapping[str, Any] = {
+    "input_size": None,
+    "attention": "auto",
+    "channels_last": "auto",
+    "compile": False,
+    "resize": "host",
+}
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "attention": ("auto", "sdpa", "eager"),
+    "channels_last": ("auto", True, False),
+    "compile": (True, False),
+    "resize": ("host", "device"),
+}
+
+#: Families whose time goes into convolutions.
+_CONVOLUTIONAL = (
+    "upernet",
+    "rt_detr",
+    "rt_detr_v2",
+    "d_fine",
+    "detr",
+    "table-transformer",
+    "conditional_detr",
+)
 
 #: Parameters that a checkpoint may lack because no forward pass in evaluation reads them: batch counters, and the
 #: residual unit of a DPT neck's first fusion layer (which has no residual; the MiDaS checkpoints omit it).
@@ -162,10 +188,13 @@ class NetworkLabeler(Labeler):
     auto_classes: ClassVar[Mapping[str, tuple[str, ...]]]  # Auto class -> model types that it may load
     expected: ClassVar[str]  # for messages: "a depth network"
     options: ClassVar[Mapping[str, Any]] = NETWORK_OPTIONS
+    later_options: ClassVar[frozenset[str]] = frozenset({"channels_last", "compile", "resize"})
 
     network: Any
     preprocessing: Preprocessing
     side: int
+    _compiled: Any = None
+    _order: Any  # of an image in memory
 
     def __init__(self, settings: LabelerSettings) -> None:
         super().__init__(settings)
@@ -176,6 +205,10 @@ class NetworkLabeler(Labeler):
             raise ConfigError(
                 f"{self.where}.precision: fp16 on a CPU is many times slower than fp32; use fp32 or bf16"
             )
+        for name, known in _CHOICES.items():
+            if not any(self.params[name] is one or self.params[name] == one != 1 for one in known):
+                shown = ", ".join(str(one).lower() if isinstance(one, bool) else str(one) for one in known)
+                raise ConfigError(f"{self.where}.{name}: {self.params[name]!r} is not one of {shown}")
 
     @property
     def weights(self) -> Checkpoint:
@@ -212,6 +245,8 @@ class NetworkLabeler(Labeler):
         )
 
     def load(self) -> None:
+        import torch
+
         config = self.config()
         where, checkpoint = f"{self.where}.model", self.weights
         fetch(checkpoint, where)  # whole, so that no file below is missing for want of a connection
@@ -220,7 +255,21 @@ class NetworkLabeler(Labeler):
         network = load_pretrained(
             self._choose(config), checkpoint, where, self.expected, self.params["attention"]
         )
-        self.network = network.to(self.settings.device)
+        self._order = self._memory_format(config)
+        self.network = self.prepare(network.to(self.settings.device, memory_format=self._order))
+        self._compiled = torch.compile(self.network) if self.params["compile"] else None
+
+    def prepare(self, network: Any) -> Any:
+        """For families that can do with less than their whole `forward`."""
+        return network
+
+    def _memory_format(self, config: Mapping[str, Any]) -> Any:
+        import torch
+
+        wanted = self.params["channels_last"]
+        if wanted == "auto":
+            wanted = self.settings.device.startswith("cuda") and config.get("model_type") in _CONVOLUTIONAL
+        return torch.channels_last if wanted else torch.contiguous_format
 
     def _input_side(self, config: Mapping[str, Any]) -> int:
         side = self.params["input_size"] or self.preprocessing.size
@@ -236,16 +285,44 @@ class NetworkLabeler(Labeler):
             )
         return int(side)
 
-    def run(self, pixels: np.ndarray, **arguments: Any) -> Any:
-        """The network's output for uint8 (B, R, R, 3). Call within `torch.inference_mode`."""
+    def run(self, pixels: Any, **arguments: Any) -> Any:
+        """The network's output for uint8 (B, R, R, 3), or a tensor (B, 3, R, R). Call within `torch.inference_mode`."""
+        import torch
+
+        device = torch.device(self.settings.device)
+        values = self.normalise(pixels)
+        with self._numerics(device):
+            return (self._compiled or self.network)(pixel_values=values, **arguments)
+
+    def normalise(self, pixels: Any) -> Any:
+        """The network's float32 (B, 3, R, R) of what `run` takes, in the network's order in memory.
+
+        In place and, on the host, image by image: an image stays in the cache, and a batch is allocated once.
+        """
         import torch
 
         device, how = torch.device(self.settings.device), self.preprocessing
-        values = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous().float()
         mean = torch.tensor(how.mean, device=device).view(3, 1, 1)
         std = torch.tensor(how.std, device=device).view(3, 1, 1)
-        with self._numerics(device):
-            return self.network(pixel_values=(values * how.rescale - mean) / std, **arguments)
+        order = self._order
+        if device.type != "cpu" or isinstance(pixels, torch.Tensor):
+            if not isinstance(pixels, torch.Tensor):
+                pixels = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+            return pixels.to(torch.float32, memory_format=order).mul_(how.rescale).sub_(mean).div_(std)
+        count, side = len(pixels), pixels.shape[1]
+        values = torch.empty((count, 3, side, side), dtype=torch.float32, memory_format=order)
+        for row, image in zip(values, pixels, strict=True):
+            planes = image.transpose(2, 0, 1)
+            if order == torch.contiguous_format:
+                planes = np.ascontiguousarray(planes)
+            row.copy_(torch.from_numpy(planes)).mul_(how.rescale).sub_(mean).div_(std)
+        return values
+
+    def canvas(self, frames: Sequence[np.ndarray]) -> tuple[Any, list[Placement]]:
+        """Frames on the network's square, resized where the options say, and where they lie there."""
+        if self.params["resize"] == "device":
+            return letterbox_on(self.settings.device, frames, self.side, self.preprocessing.fill)
+        return letterbox(frames, self.side, self.preprocessing.fill)
 
     @contextmanager
     def _numerics(self, device: Any) -> Iterator[None]:
@@ -263,8 +340,8 @@ class NetworkLabeler(Labeler):
     def label(self, batch: LabelBatch) -> list[Label]:
         import torch
 
-        canvas, placements = letterbox(batch.frames, self.side, self.preprocessing.fill)
         with torch.inference_mode():
+            canvas, placements = self.canvas(batch.frames)
             return self.read(self.run(canvas), placements)
 
     @abstractmethod

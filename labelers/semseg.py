@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,9 @@ import numpy as np
 from fourmill.errors import CheckpointError
 from fourmill.labelers.base import register
 from fourmill.labelers.card import LETTERBOXED, Card, Weights
-from fourmill.labelers.letterbox import Placement, map_to_frame
+from fourmill.labelers.cells import classes_of, finished_classes_of
+from fourmill.labelers.figures import LOOKED_AT
+from fourmill.labelers.letterbox import Placement
 from fourmill.labelers.network import NetworkLabeler, class_names
 from fourmill.labels import Label
 from fourmill.modality import LabelContract, Modality
@@ -125,40 +128,56 @@ class Semseg(NetworkLabeler):
         self.num_classes = len(self._classes())
         super().load()
 
+    def prepare(self, network: Any) -> Any:
+        """UPerNet enlarges its scores to its input, and those of a second head that only training reads; neither here."""
+        if network.config.model_type == "upernet":
+            network.forward = partial(_upernet, network)
+        return network
+
     def read(self, output: Any, placements: Sequence[Placement]) -> list[Label]:
-        self.note("confidence", _confidence(output))
-        scores = _mask_scores if "masks_queries_logits" in output else _pixel_scores
-        return [self._argmax(scores(output, row, at)) for row, at in enumerate(placements)]
-
-    def _argmax(self, scores: Any) -> np.ndarray:
-        if scores.shape[0] != self.num_classes:
+        is_masks = "masks_queries_logits" in output
+        found = len(output.class_queries_logits[0, 0]) - 1 if is_masks else output.logits.shape[1]
+        if found != self.num_classes:
             raise CheckpointError(
-                f"{self.where}.model: the network scores {scores.shape[0]} classes, its config.json names {self.num_classes}"
+                f"{self.where}.model: the network scores {found} classes, its config.json names {self.num_classes}"
             )
-        return scores.argmax(dim=0).cpu().numpy().astype(np.uint8)
+        one = _from_masks if is_masks else _from_scores
+        made = [one(output, row, at) for row, at in enumerate(placements)]
+        self.note("confidence", [confidence for _, confidence in made])
+        return [label for label, _ in made]
 
 
-def _confidence(output: Any) -> list[float]:
-    """Of each row: the probability of the likeliest class, on average over pixels, at the network's own resolution.
+def _upernet(network: Any, pixel_values: Any) -> Any:
+    """The scores on their own grid, a quarter of the input's side."""
+    from transformers.modeling_outputs import SemanticSegmenterOutput
 
-    For mask classifiers the best class's score, which does not add up to one over classes.
-    """
-    if "masks_queries_logits" not in output:
-        best = output.logits.float().softmax(dim=1).amax(dim=1)
-    else:
-        classes = output.class_queries_logits.float().softmax(dim=-1)[..., :-1]  # (B, Q, classes)
-        masks = output.masks_queries_logits.float().sigmoid()  # (B, Q, h, w)
-        best = (classes.transpose(1, 2) @ masks.flatten(2)).amax(dim=1).clamp(max=1)
-    return [float(value) for value in best.flatten(1).mean(dim=1).tolist()]
+    features = network.backbone.forward_with_filtered_kwargs(pixel_values).feature_maps
+    return SemanticSegmenterOutput(logits=network.decode_head(features))
 
 
-def _pixel_scores(output: Any, row: int, at: Placement) -> Any:
-    """(classes, H, W) logits."""
-    return map_to_frame(output.logits[row].float(), at)
+def _from_scores(output: Any, row: int, at: Placement) -> tuple[np.ndarray, float]:
+    """Class ids uint8 (H, W), and the probability of the likeliest class on average over places (see `_looked_at`)."""
+    scores = output.logits[row].float()  # (classes, h, w)
+    grid = (scores.shape[1], scores.shape[2])
+    cells = scores.permute(1, 2, 0).contiguous()
+    seen = _looked_at(cells).flatten(0, 1)
+    likeliest = 1 / (seen - seen.amax(dim=1, keepdim=True)).exp().sum(dim=1)
+    classes = classes_of(cells.flatten(0, 1), grid, at)
+    return classes.cpu().numpy(), float(likeliest.mean())
 
 
-def _mask_scores(output: Any, row: int, at: Placement) -> Any:
-    """(classes, H, W) from queries: class probabilities without "no object" times mask probabilities."""
-    classes = output.class_queries_logits[row].float().softmax(dim=-1)[:, :-1]  # (Q, classes)
-    masks = map_to_frame(output.masks_queries_logits[row].float(), at).sigmoid()  # (Q, H, W)
-    return (classes.T @ masks.flatten(1)).unflatten(1, masks.shape[1:])
+def _from_masks(output: Any, row: int, at: Placement) -> tuple[np.ndarray, float]:
+    """As `_from_scores`; a class scores the sum over queries, which is no probability: it can pass one and is cut there."""
+    classes = output.class_queries_logits[row].float().softmax(dim=-1)[:, :-1].contiguous()  # (Q, classes)
+    masks = output.masks_queries_logits[row].float()  # (Q, h, w)
+    grid = (masks.shape[1], masks.shape[2])
+    cells = masks.permute(1, 2, 0).contiguous()
+    likeliest = (_looked_at(cells).sigmoid() @ classes).amax(dim=-1).clamp(max=1)
+    ids = finished_classes_of(cells.flatten(0, 1), grid, at, lambda values: values.sigmoid_() @ classes)
+    return ids.cpu().numpy(), float(likeliest.mean())
+
+
+def _looked_at(cells: Any) -> Any:
+    """Every n-th row and column of (h, w, K), as figures of other labels look at maps."""
+    step_y, step_x = (max(1, side // LOOKED_AT) for side in cells.shape[:2])
+    return cells[step_y // 2 :: step_y, step_x // 2 :: step_x]

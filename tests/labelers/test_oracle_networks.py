@@ -18,7 +18,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 
 from fourmill.labelers.depth import _relative
 from fourmill.labelers.letterbox import place
-from fourmill.labelers.semseg import _mask_scores
+from fourmill.labelers.semseg import _from_masks
 from fourmill.labels import Boxes
 from fourmill.shards.sources.scenes import render
 
@@ -183,10 +183,15 @@ def test_two_likely_masks_outvote_one_certain_mask() -> None:
     output = Mask2FormerForUniversalSegmentationOutput(
         class_queries_logits=classes, masks_queries_logits=masks
     )
-    scores = _mask_scores(output, 0, place((6, 8), 8))
-    assert scores.shape == (2, 6, 8)
-    assert torch.allclose(scores[0], torch.tensor(1.0), atol=1e-4)
-    assert torch.allclose(scores[1], torch.tensor(2 / (1 + np.exp(-1)), dtype=torch.float32), atol=1e-4)
+    ids, confidence = _from_masks(output, 0, place((6, 8), 8))
+    assert ids.shape == (6, 8) and (ids == 1).all()  # 2 / (1 + 1/e) against 1; as logits 2 against 20
+    assert confidence == 1  # cut there
+    masks = masks - torch.tensor([0, 2, 2, 0.0]).view(1, 4, 1, 1)
+    output = Mask2FormerForUniversalSegmentationOutput(
+        class_queries_logits=classes, masks_queries_logits=masks
+    )
+    ids, _ = _from_masks(output, 0, place((6, 8), 8))
+    assert (ids == 0).all()  # 2 / (1 + e) against 1
 
 
 def test_semseg_of_scenes(kit: Any) -> None:
