@@ -23,11 +23,10 @@ from fourmill.errors import ConfigError, ContractError, nearest
 from fourmill.labels import Label
 from fourmill.modality import Modality
 from fourmill.tokenize.base import codecs
-from fourmill.tokenize.boxes import BoxesCodec
 from fourmill.tokenize.pixels import PixelsCodec
 from fourmill.tokenize.scalar import ScalarCodec
 from fourmill.tokenize.spaces import Depth, Features, Vector, space_name
-from fourmill.tokenize.text import TextCodec
+from fourmill.tokenize.text import VocabularyCodec
 from fourmill.tokenize.vocabulary import MAX_VOCABULARY, Vocabulary, train_vocabulary
 from fourmill.tokenize.vqvae import VQVAE, VQConfig
 
@@ -112,19 +111,19 @@ def fit_codec(
     """Fit (or just set up) the codec of ``modality`` and write its folder ``out``; returns ``out``.
 
     ``labels`` and ``held_out`` are cropped labels, read one by one by index (they may be lazy); families that
-    need no fit ignore them. ``options``: fields of `FitOptions` and `VQConfig`; for text and boxes
+    need no fit ignore them. ``options``: fields of `FitOptions` and `VQConfig`; for what is written as text
     ``vocabulary`` (path of a tokenizer file or folder), or ``vocabulary_captions``, ``vocabulary_classes`` and
-    ``vocabulary_size`` to train one; for pixels ``format``, ``quality``, ``lossless``, ``patch_size``.
+    ``vocabulary_size`` to train one, and the family's own; for pixels ``format``, ``quality``, ``lossless``, ``patch_size``.
     """
     family = modality.codec
     if family == "vqvae":
         fit, network = _split_options(options, modality)
         codec = _fit_labels(modality, labels, held_out, fit, network, image_size, progress)
         codec.save(out)
-    elif family in ("text", "boxes"):
-        _check_options(options, modality, _VOCABULARY_OPTIONS)
-        cls = TextCodec if family == "text" else BoxesCodec
-        cls(modality, image_size, _vocabulary(options, modality)).save(out)
+    elif family in codecs and issubclass(written := codecs.get(family), VocabularyCodec):
+        _check_options(options, modality, (*_VOCABULARY_OPTIONS, *written.options))
+        chosen = {name: options[name] for name in written.options if name in options}
+        written.make(modality, image_size, _vocabulary(options, modality), chosen).save(out)
     elif family == "pixels":
         _check_options(options, modality, _PIXEL_OPTIONS)
         chosen = {name: options[name] for name in _PIXEL_OPTIONS if name in options}

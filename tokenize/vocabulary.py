@@ -36,6 +36,7 @@ FIRST_COORDINATE, NUM_CORNERS, NUM_BINS = 204, 4, 1000
 FIRST_CLASS = FIRST_COORDINATE + NUM_CORNERS * NUM_BINS  # 4204
 MAX_VOCABULARY = 30_000
 FILE_NAME = "vocab.json"
+HALF = 512  # ids of other tokenizers are written with coordinates of two corners
 #: what people and instances are introduced by: each one ordinary word piece, as in the published vocabulary
 WORDS = ("human", "pose", "global", "shape", "camera", "point", "polygon", "none")
 
@@ -71,6 +72,7 @@ class Vocabulary:
             raise CheckpointError(f"{where} has {self.size} entries; token ids are stored as uint16")
         self._text = _plain(content)
         self._decoder = WordPieceDecoder(prefix="##", cleanup=True)
+        self._spelt: dict[str, tuple[int, ...]] = {}
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text to ids, none of them below `FIRST_CLASS` except [UNK]. No EOS."""
@@ -102,10 +104,12 @@ class Vocabulary:
 
     def word(self, word: str) -> tuple[int, ...]:
         """The ids of one of `WORDS`: a single one, unless the vocabulary was trained elsewhere or earlier."""
-        ids = tuple(self.encode_text(word))
-        if not ids or UNK in ids:
-            raise CheckpointError(f"the vocabulary cannot spell the word {word!r}; train a new one")
-        return ids
+        if word not in self._spelt:
+            ids = tuple(self.encode_text(word))
+            if not ids or UNK in ids:
+                raise CheckpointError(f"the vocabulary cannot spell the word {word!r}; train a new one")
+            self._spelt[word] = ids
+        return self._spelt[word]
 
     def token(self, token: int) -> str:
         """How an id reads, for reports."""
@@ -123,6 +127,52 @@ class Vocabulary:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"vocabulary {file} cannot be read: {error}") from error
         return cls(spec, f"vocabulary {file}")
+
+
+class Reader:
+    """Walks over token ids, up to the first [EOS]: what decoders of structures read with. It never raises."""
+
+    def __init__(self, vocabulary: Vocabulary, ids: Iterable[int]) -> None:
+        self.at = 0
+        self._vocabulary = vocabulary
+        self._ids = [int(i) for i in ids]
+        self._ids = self._ids[: self._ids.index(EOS)] if EOS in self._ids else self._ids
+
+    def __bool__(self) -> bool:
+        """Whether anything is left."""
+        return self.at < len(self._ids)
+
+    def word(self, word: str) -> bool:
+        """Whether one of `WORDS` stands here; it is passed if so."""
+        spelt = self._vocabulary.word(word)
+        found = tuple(self._ids[self.at : self.at + len(spelt)]) == spelt
+        self.at += len(spelt) if found else 0
+        return found
+
+    def values(self, *corners: int) -> tuple[int, ...] | None:
+        """The values of as many coordinate tokens, if those of just these corners stand here; they are passed."""
+        here = [Vocabulary.coordinate_of(i) for i in self._ids[self.at : self.at + len(corners)]]
+        found = [
+            place[1] for place, corner in zip(here, corners, strict=False) if place and place[0] == corner
+        ]
+        if len(found) != len(corners):
+            return None
+        self.at += len(corners)
+        return tuple(found)
+
+    def halves(self, count: int) -> tuple[int, ...] | None:
+        """``count`` ids below 1024 as `halved` writes them; they are passed if they stand here."""
+        here = [Vocabulary.coordinate_of(i) for i in self._ids[self.at : self.at + count]]
+        found = [place[1] + HALF * place[0] for place in here if place and place[0] < 2 and place[1] < HALF]
+        if len(found) != count:
+            return None
+        self.at += count
+        return tuple(found)
+
+
+def halved(ids: Iterable[int]) -> list[int]:
+    """The tokens that ids below 1024 are written with: v0 for those below 512, v1 for the rest."""
+    return [Vocabulary.coordinate(*divmod(int(i), HALF)) for i in ids]
 
 
 def _plain(content: dict[str, Any]) -> Tokenizer:

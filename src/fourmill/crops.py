@@ -235,8 +235,12 @@ def grid_points() -> np.ndarray:
 
 
 def ask(instances: Instances, pixels: np.ndarray, rng: np.random.Generator | None = None) -> Instances:
-    """The instances at each of ``pixels``, int (Q, 2) of x, y in `INSTANCE_FRAME`; in random order with ``rng``."""
-    points = np.asarray(pixels, np.float64).reshape(-1, 2) / INSTANCE_FRAME
+    """The instances at each of ``pixels``, int (Q, 2) of x, y in `INSTANCE_FRAME`; in random order with ``rng``.
+
+    A pixel that comes twice is asked once.
+    """
+    once = list(dict.fromkeys((int(x), int(y)) for x, y in np.asarray(pixels).reshape(-1, 2)))
+    points = np.array(once, np.float64).reshape(-1, 2) / INSTANCE_FRAME
     hits = [
         np.array([i for i, polygon in enumerate(instances.polygons) if _contains(polygon, point)], np.int64)
         for point in points

@@ -113,7 +113,7 @@ class Poses:
     reach beyond it. ``pose_ids`` int64 (N, 8): tokens of the body pose, below 1024; rows of -1 where they are not known.
     ``body_pose`` float32 (N, 23, 3, 3): rotations of the joints; NaN where they are not known. ``orient`` float32 (N, 3,
     3): rotation of the whole body. ``betas`` float32 (N, 10): shape, mostly in [-3, 3]. ``camera`` float32 (N, 3): scale,
-    and shift to the right and down. ``orders`` int64 (N, 4): in which order pose, orientation, shape and camera (0 to 3)
+    and shift to the right and down. ``orders`` int64 (N, 4): in which order pose, orientation, camera and shape (0 to 3)
     are written.
     """
 

@@ -13,7 +13,7 @@ Kind = Literal["grid", "vector", "sequence", "pixels", "embedding", "scalar"]
 FlipRule = Literal["mirror", "mirror_negate_x", "none"]
 Form = Literal[
     "map", "features", "boxes", "text", "vector", "scalar", "image", "metadata", "palette", "poses", "instances"
-]
+]  # fmt: skip
 Resample = Literal["nearest", "bilinear", "bicubic"]
 
 
