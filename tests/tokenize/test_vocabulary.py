@@ -17,6 +17,7 @@ from fourmill.tokenize.vocabulary import (
     PAD,
     SOS,
     UNK,
+    WORDS,
     Vocabulary,
     train_vocabulary,
 )
@@ -46,6 +47,15 @@ def test_the_layout_is_that_of_4m(vocabulary: Vocabulary) -> None:
     assert 4208 < vocabulary.size <= 4400
     assert Vocabulary.coordinate(2, 999) == 3203 and Vocabulary.coordinate_of(3203) == (2, 999)
     assert Vocabulary.coordinate_of(203) is None and Vocabulary.coordinate_of(4204) is None
+
+
+def test_words_of_structures_are_one_piece_whatever_the_captions_say(vocabulary: Vocabulary) -> None:
+    assert not any(word in caption for word in WORDS for caption in CAPTIONS)
+    ids = [vocabulary.word(word) for word in WORDS]
+    assert all(len(i) == 1 and i[0] > max(vocabulary.classes.values()) for i in ids)
+    assert [vocabulary.token(i) for (i,) in ids] == list(WORDS)
+    named = train_vocabulary(CAPTIONS, ["human", "pose"], 4300)  # a class of that name is one token, not two
+    assert named.word("human") == (named.classes["human"],)
 
 
 def test_text_comes_back_in_lower_case(vocabulary: Vocabulary) -> None:
