@@ -29,6 +29,7 @@ from fourmill.flows.status import Status, status
 from fourmill.flows.watch_show import BuildLines
 from fourmill.lease import Lease, single_writer_lease
 from fourmill.shards.dataset import SAMPLES, Dataset
+from fourmill.shards.receipts import SHORT, sha256
 from fourmill.storage import Store
 
 T = TypeVar("T")
@@ -288,6 +289,5 @@ def _remember_run(dataset: Dataset, resolved: Resolved, plan: Plan, asked: dict[
         "shards": {str(shard): rows for shard, rows in plan.shards.items()},
         **asked,
     }
-    dataset.store.put(
-        f"runs/{now}-{secrets.token_hex(3)}.yaml", yaml.safe_dump(content, sort_keys=False).encode()
-    )
+    note = yaml.safe_dump(content, sort_keys=False)
+    dataset.store.put(f"runs/{now}-{sha256(note)[:SHORT]}.yaml", note.encode())

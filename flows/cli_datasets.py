@@ -127,6 +127,31 @@ def inspect(
         console.print(part)
 
 
+@app.command(epilog="Example: [bold]fourmill verify data/demo --repair[/bold]")
+def verify(
+    dataset: DatasetUrl,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="move what is damaged aside, so that the next build makes it again"),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """Read every file, and hold it against its hash, its receipt, its shard's keys and its tokenizer."""
+    from fourmill.flows.verifying import verification_report, verify_dataset
+
+    console.stderr = as_json  # its progress
+    try:
+        done = verify_dataset(dataset, repair)
+    finally:
+        console.stderr = False
+    if as_json:
+        print(json.dumps(done.to_json()))
+    else:
+        console.print(verification_report(done), soft_wrap=True)
+    if done.found.problems:
+        raise FourmillError(f"{dataset}: {len(done.found.problems)} files are not what they should be")
+
+
 @app.command(epilog="Example: [bold]fourmill gc data/demo --older-than 30d --delete[/bold]")
 def gc(
     dataset: DatasetUrl,

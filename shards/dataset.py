@@ -48,6 +48,7 @@ from fourmill.shards.receipts import (
     shard_and_epoch,
     shard_number,
 )
+from fourmill.shards.tokenizer_files import write_sums
 from fourmill.storage import Entry, Store
 
 FORMAT = 1
@@ -222,8 +223,9 @@ class Dataset:
     # -- parked shards --------------------------------------------------------------------------------
 
     def park(self, column: str, short: str, shard: int, attempt: str, error: str) -> None:
-        name = f"parked/{column}/{short}/shard-{shard:06d}.{attempt}.json"
-        self.store.put_if_absent(name, canonical({"error": error, "attempt": attempt}).encode())
+        note = canonical({"error": error, "attempt": attempt})
+        name = f"parked/{column}/{short}/shard-{shard:06d}.{sha256(note)[:SHORT]}.json"
+        self.store.put_if_absent(name, note.encode())
 
     def parked(self, column: str, short: str) -> dict[int, str]:
         """Parked shards that have no receipt since, with the name of the newest parking file."""
@@ -284,9 +286,15 @@ class Dataset:
         which published repositories hold beside the same weights as safetensors, stay behind.
         """
         short = folder_hash(str(folder.resolve()))[:SHORT]
-        for file in sorted(folder.iterdir(), key=lambda path: (path.name == ORIGIN, path.name)):
-            if file.is_file() and file.suffix not in PICKLES:
-                self.store.put_if_absent(f"tokenizers/{modality}/{short}/{file.name}", file.read_bytes())
+        name = f"tokenizers/{modality}/{short}"
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix not in PICKLES]
+        for file in files:
+            if file.name != ORIGIN:
+                self.store.put_if_absent(f"{name}/{file.name}", file.read_bytes())
+        origin = folder / ORIGIN
+        write_sums(self.store, name, [origin] if origin.exists() else [])
+        if origin.exists():
+            self.store.put_if_absent(f"{name}/{ORIGIN}", origin.read_bytes())
         return short
 
     def tokenizers(self, modality: str) -> list[str]:

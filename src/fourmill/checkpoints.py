@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,12 +91,20 @@ def _folder(path: Path, where: str) -> Checkpoint:
 
 def folder_hash(folder: str) -> str:
     """sha256 over the names and contents of the files that determine a network's output."""
-    files = [f for f in sorted(Path(folder).iterdir()) if f.suffix in _IDENTITY_FILES and f.is_file()]
+    sums = {}
+    for file in Path(folder).iterdir():
+        if file.suffix in _IDENTITY_FILES and file.is_file():
+            stat = file.stat()
+            sums[file.name] = _file_hash(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return identity_of(sums)
+
+
+def identity_of(sums: Mapping[str, str]) -> str:
+    """`folder_hash` of a folder of which the sha256 of each file is known, by name; other files do not count."""
     digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        content = _file_hash(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        digest.update(f"{file.name}\0{content}\n".encode())
+    for name in sorted(sums):
+        if name.endswith(_IDENTITY_FILES):
+            digest.update(f"{name}\0{sums[name]}\n".encode())
     return digest.hexdigest()
 
 

@@ -241,6 +241,24 @@ class Store:
         """FileNotFoundError where there is none (object stores may say nothing)."""
         self._try(lambda: self.fs.rm_file(self.path(name)), name)
 
+    def move(self, name: str, to: str) -> bool:
+        """Give a file another name in this store; False where there is none. On remote storage it is copied first."""
+        if self.is_local:
+            Path(self.path(to)).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.replace(self.path(name), self.path(to))
+            except FileNotFoundError:
+                return False
+            _sync_folder(Path(self.path(to)).parent)
+            _sync_folder(Path(self.path(name)).parent)
+            return True
+        data = self.read_if_exists(name)
+        if data is None:
+            return False
+        self.put(to, data)
+        self.remove(name)
+        return True
+
     def probe_conditional_put(self) -> bool:
         """Whether the store really refuses a second conditional put of one name."""
         name = f".probe-{secrets.token_hex(8)}"
