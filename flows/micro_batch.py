@@ -100,13 +100,17 @@ class MicroResult:
             measured[row] = None
 
 
+#: the key of what specialists are tried on, which no source has
+TEST_KEY = "(a test image)"
+
+
 def sample_batch(size: int, n_crops: int) -> MicroBatch:
     """One row to try labelers on: a picture with some structure, and a caption."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     waves = 0.5 + 0.5 * np.stack([np.sin(9 * x), np.sin(7 * y), np.sin(11 * (x + y))], axis=-1)
     return MicroBatch(
         name="a test image",
-        keys=["(a test image)"],
+        keys=[TEST_KEY],
         frames=[(255 * waves).astype(np.uint8)],
         present=np.ones(1, bool),
         sizes=np.full((1, 2), size, np.int32),

@@ -27,6 +27,7 @@ from small_builds import (
 
 from fourmill.errors import DatasetError, WorkMissing
 from fourmill.flows.build import BuildOptions, BuildResult, build
+from fourmill.flows.micro_batch import TEST_KEY
 from fourmill.flows.status import status
 from fourmill.labelers.base import LabelBatch
 from fourmill.labelers.oracle import OracleDepth
@@ -196,6 +197,8 @@ def test_refitting_makes_tokens_stale_and_spends_no_forward_pass(
     assert len(labels) == 6
 
     def no_pass(self: OracleDepth, batch: LabelBatch) -> list[Label]:
+        if TEST_KEY in batch.keys:
+            return [Absent("no truth")]
         raise AssertionError("a label was made again")
 
     monkeypatch.setattr(OracleDepth, "label", no_pass)
@@ -231,7 +234,8 @@ def test_too_many_rows_without_a_value_park_the_shard(
 
     def fails_in_shard_two(self: OracleDepth, truth: Any, frame: Any) -> Label:
         label = original(self, truth, frame)
-        return Absent("no depth today") if failing and float(label.mean()) in failing else label
+        is_sick = not isinstance(label, Absent) and float(label.mean()) in failing
+        return Absent("no depth today") if is_sick else label
 
     url, whole = tmp_path / "ds", tmp_path / "whole"
     engine = {"batch_size": 4, "device": "cpu", "max_absent_rows": 1, "max_absent_share": 0.25}

@@ -24,11 +24,11 @@ def test_a_build_stops_where_another_flow_took_over(tmp_path: Path, monkeypatch:
 
     def run_jobs(resolved: Any, plan: Any, on_progress: Any) -> Any:
         def taken_over_after_a_shard(done: int, rows: int) -> None:
-            Store(str(url)).put(lease.LEASE, b'{"token": "somebody else"}')
             end = time.monotonic() + 20
             while any(thread.name == "writer-lease" for thread in threading.enumerate()):
+                Store(str(url)).put(lease.LEASE, b'{"token": "somebody else"}')  # it may just be renewed
                 assert time.monotonic() < end
-                time.sleep(0.01)
+                time.sleep(0.03)
             on_progress(done, rows)
 
         return run_jobs_here(resolved, plan, taken_over_after_a_shard)

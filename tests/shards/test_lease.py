@@ -106,8 +106,13 @@ def test_a_lease_that_cannot_be_read_is_none(store: Store, damage: bytes) -> Non
 def test_a_lost_place_is_noticed_while_the_work_goes_on(store: Store) -> None:
     with pytest.raises(WorkMissing, match="another flow took over"), single_writer_lease(store) as held:
         held.check()
-        store.put(LEASE, b'{"token": "somebody else"}')
-        _until(lambda: held.is_lost)
+
+        def noticed() -> bool:
+            store.put(LEASE, b'{"token": "somebody else"}')  # again, where it was just being renewed
+            time.sleep(0.03)
+            return held.is_lost
+
+        _until(noticed)
         held.check()
         pytest.fail("it is not the only writer any more")
 
