@@ -54,21 +54,15 @@ def fact_table(facts: Mapping[str, Any]) -> Table:
     return table
 
 
-#: what structures of text-like modalities consist of
-COUNTED = {"metadata": "fields", "palette": "palettes", "poses": "people", "instances": "instances"}
-
-
 def short_text(modality: Modality, label: Label) -> str:
     """A label in a few words: what is in it, not what it looks like."""
     if isinstance(label, Absent):
         return f"absent: {label.reason}"
     family = family_of(modality.contract)
-    if family == "text":
+    if family in ("text", "metadata", "palette", "poses", "instances"):
         return first_text(label)
     if family == "boxes":
         return _boxes_text(modality, label)
-    if family in COUNTED:
-        return f"{len(label)} {COUNTED[family]}"
     if family == "scalar":
         return f"{float(label):.4g}"
     values = np.asarray(label)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from fourmill.labels import Boxes, Label
+from fourmill.labels import Boxes, Instances, Label, Metadata, Palettes, Poses
 from fourmill.modality import LabelContract, Modality
 from fourmill.train.metrics import abs_rel, ap50, confusion, delta1, mean_angular_error_deg
 
@@ -118,8 +118,22 @@ def _standardised(made: np.ndarray, reference: np.ndarray, contract: LabelContra
     return float(np.abs(standard(made) - standard(reference)).mean())
 
 
+def _hex(colours: np.ndarray) -> str:
+    return " ".join(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in colours.tolist())
+
+
+_WORDS: dict[type, Callable[[Any], str]] = {
+    Metadata: lambda label: ", ".join(f"{name} {value:.4g}" for name, value in label.values.items()),
+    Palettes: lambda label: "; ".join(_hex(colours) for colours in label.colours),
+    Poses: lambda label: f"{len(label)} people",
+    Instances: lambda label: f"{len(label)} instances",
+}
+
+
 def first_text(label: Label) -> str:
-    """A caption, or the first of several."""
+    """A caption, or the first of several; what is in a structure."""
+    if type(label) in _WORDS:
+        return _WORDS[type(label)](label)
     return label if isinstance(label, str) else next(iter(label), "")
 
 
