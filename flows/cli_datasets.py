@@ -127,6 +127,55 @@ def inspect(
         console.print(part)
 
 
+@app.command(
+    epilog="Example: [bold]fourmill snapshot data/cc12m --where 'clip_score >= 0.2' --where 'normal_vs_depth <= 30'[/bold]"
+)
+def snapshot(
+    dataset: DatasetUrl,
+    modality: Modalities = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION", help="rows by a score, such as 'clip_score >= 0.2'; may be repeated"
+        ),
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="show the registered snapshots, and make none")
+    ] = False,
+    release: Annotated[
+        str | None,
+        typer.Option(metavar="DIGEST", help="forget a snapshot: `gc` need not keep its files then"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+) -> None:
+    """Pin and register what is finished: shards, recipes, hashes, licences, and the rows that were chosen."""
+    from fourmill.flows import snapshots
+
+    if release is not None:
+        console.print(f"released {snapshots.release(dataset, release)}", highlight=False)
+        return
+    found = (
+        snapshots.list_snapshots(dataset)
+        if listed
+        else [snapshots.take_snapshot(dataset, modality, where or ())]
+    )
+    if as_json:
+        print(json.dumps([snapshots.snapshot_json(one) for one in found]))
+    else:
+        console.print(snapshots.snapshots_report(dataset, found), soft_wrap=True)
+
+
+@app.command("drop-keys", epilog="Example: [bold]fourmill drop-keys data/cc12m take-downs.txt[/bold]")
+def drop_keys(
+    dataset: DatasetUrl,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="sample keys, one per line")],
+) -> None:
+    """Take samples down: every new snapshot and export leaves them out, and no shard is rewritten."""
+    from fourmill.flows.snapshots import drop, drop_report
+
+    console.print(drop_report(dataset, *drop(dataset, file)), soft_wrap=True)
+
+
 @app.command(epilog="Example: [bold]fourmill verify data/demo --repair[/bold]")
 def verify(
     dataset: DatasetUrl,

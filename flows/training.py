@@ -26,7 +26,9 @@ def make_snapshot(config: Config, names: tuple[str, ...] | None = None) -> Snaps
     """
     dataset = Dataset(config.dataset)
     resolved = resolve(config)
-    wanted = [n for n in resolved.wanted if names is None or n in names]
+    where = parse_conditions(config.train.where, "train.where")
+    needed = {condition.name for condition in where}
+    wanted = [n for n in resolved.wanted if names is None or n in names or n in needed]
     missing = [n for n in resolved.unfitted() if n in wanted]
     if missing:
         raise ConfigError(
@@ -35,7 +37,6 @@ def make_snapshot(config: Config, names: tuple[str, ...] | None = None) -> Snaps
     recipes = {n: r.short for n, r in resolved.token_recipes().items() if n in wanted}
     modalities = {n: codec_of(resolved, dataset, n).modality for n in wanted}
     tokenizers = {n: str(resolved.wanted[n].tokenizer)[:12] for n in wanted}
-    where = parse_conditions(config.train.where, "train.where")
     for condition in where:
         if condition.name not in wanted or modalities[condition.name].kind != "scalar":
             scalars = [n for n, m in modalities.items() if m.kind == "scalar"]

@@ -73,7 +73,7 @@ def export_webdataset(
     for shard in range(len(snapshot.shards)):
         samples = snapshot.dataset.table(snapshot.shards[shard].files["samples"])
         columns = {name: snapshot.column(shard, name) for name in names}
-        rows = _rows(samples, columns, split, report)
+        rows = _rows(samples, columns, split, snapshot.is_kept(shard), report)
         if not len(rows):
             continue
         index = snapshot.shards[shard].index
@@ -132,14 +132,18 @@ def _claim(out: Store, facts: Mapping[str, Any]) -> None:
     out.put(MARKER, json.dumps(facts, indent=1, sort_keys=True).encode())
 
 
-def _rows(samples: pa.Table, columns: Mapping[str, Column], split: str, report: ExportReport) -> np.ndarray:
-    """The rows that are exported, in order."""
+def _rows(
+    samples: pa.Table, columns: Mapping[str, Column], split: str, kept: np.ndarray, report: ExportReport
+) -> np.ndarray:
+    """The rows that are exported, in order. ``kept``: those that the snapshot's conditions chose and nobody dropped."""
     status = np.array(samples["status"].to_pylist(), dtype=object)
     keep = status == OK
     report.leave_out("set aside", int((~keep).sum()))
     other = keep & (np.array(samples["split"].to_pylist(), dtype=object) != split)
     report.leave_out("of another split", int(other.sum()))
     keep &= ~other
+    report.leave_out("not chosen, or dropped", int((keep & ~kept).sum()))
+    keep &= kept
     for name, column in columns.items():
         report.leave_out(f"without {name}", int((keep & ~column.present).sum()))
         keep &= column.present

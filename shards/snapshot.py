@@ -19,6 +19,7 @@ from fourmill.shards.arrow import Column, open_column
 from fourmill.shards.dataset import SAMPLES, Dataset, modality_json
 from fourmill.shards.filters import Condition
 from fourmill.shards.receipts import Receipt, canonical, pack_presence, sha256, unpack_presence
+from fourmill.shards.tombstones import dropped_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,7 @@ class ShardRef:
     index: int
     rows: int
     files: Mapping[str, str]
-    kept: str | None = (
-        None  # bitmap of the rows that the snapshot's conditions chose, as in receipts; None: all
-    )
+    kept: str | None = None  # bitmap of the rows that its conditions chose and nobody dropped; None: all
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,11 @@ class Snapshot:
 
     @property
     def chosen(self) -> int:
-        """How many rows the conditions chose, readable or not."""
+        """How many rows the conditions chose and nobody dropped, readable or not."""
         return sum(int(self.is_kept(shard).sum()) for shard in range(len(self.shards)))
 
     def is_kept(self, shard: int) -> np.ndarray:
-        """bool (rows,): what the snapshot's conditions chose; all rows where it has none."""
+        """bool (rows,): what the snapshot's conditions chose, less what was dropped."""
         ref = self.shards[shard]
         return np.ones(ref.rows, bool) if ref.kept is None else unpack_presence(ref.kept, ref.rows)
 
@@ -127,6 +126,7 @@ class Snapshot:
             raise WorkMissing(f"{dataset.url} has no finished shard yet; run `fourmill build` first")
         samples = dataset.receipts(SAMPLES, samples_short)
         columns = {name: dataset.receipts(name, short) for name, short in recipes.items()}
+        dropped = dropped_rows(dataset)
         shards: list[dict[str, Any]] = []
         for index, receipt in samples.items():
             if not all(index in column for column in columns.values()):
@@ -138,7 +138,10 @@ class Snapshot:
                     )
             files = {SAMPLES: receipt, **{name: column[index] for name, column in columns.items()}}
             pinned = {name: {"file": r.file, "sha256": r.sha256} for name, r in files.items()}
-            kept = {"kept": _kept(dataset, columns, index, receipt.rows, where)} if where else {}
+            gone = dropped.get(index)
+            kept = {}
+            if where or gone is not None:
+                kept = {"kept": _kept(dataset, columns, index, receipt.rows, where, gone)}
             shards.append({"index": index, "rows": receipt.rows, "columns": pinned, **kept})
         if not shards:
             raise WorkMissing(
@@ -202,9 +205,12 @@ def _kept(
     shard: int,
     rows: int,
     where: Sequence[Condition],
+    dropped: np.ndarray | None,
 ) -> str:
-    """A bitmap of the rows that fulfil all conditions."""
+    """A bitmap of the rows that fulfil all conditions and were not dropped."""
     kept = np.ones(rows, bool)
+    if dropped is not None:
+        kept[dropped] = False
     for condition in where:
         file = columns[condition.name][shard].file
         kept &= condition.keeps(open_column(dataset.table(file), f"{dataset.url}/{file}"))

@@ -26,8 +26,8 @@ from fourmill.shards.tar import label_keys
 from fourmill.shards.tokenizer_files import check_tokenizer
 
 THREADS = 8
-#: notes of runs and of parked shards: a name that holds the hash of the content
-_NOTE = re.compile(rf"(?:runs/[^/]*-|parked/.*\.)(?P<hash>[0-9a-f]{{{SHORT}}})\.(?:yaml|json)")
+#: notes of runs, of parked shards and of take-downs: a name that holds the hash of the content
+_NOTE = re.compile(rf"(?:runs/[^/]*-|parked/.*\.|tombstones/)(?P<hash>[0-9a-f]{{{SHORT}}})\.(?:yaml|json)")
 OnChecked = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -253,7 +253,7 @@ def _snapshots(dataset: Dataset, committed: Sequence[Committed]) -> Iterator[Pro
 
 def _notes(dataset: Dataset) -> Iterator[Problem]:
     """What runs and parked shards say of themselves."""
-    for name in sorted({**dataset.store.walk("runs"), **dataset.store.walk("parked")}):
+    for name in sorted(n for folder in ("runs", "parked", "tombstones") for n in dataset.store.walk(folder)):
         match = _NOTE.fullmatch(name)
         raw = dataset.store.read_if_exists(name) if match else None
         if match and raw is not None and sha256(raw)[:SHORT] != match["hash"]:
