@@ -9,8 +9,10 @@ image's pixels, boxes or vectors lies in which bin or class.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -173,7 +175,7 @@ def _vector(label: np.ndarray, contract: LabelContract) -> Measured:
     seen = label.astype(np.float64)
     figures = {
         "mean": seen.mean(),
-        "norm": np.linalg.norm(seen),
+        "norm": math.sqrt(float(seen @ seen)),
         "constant": len(seen) > 1 and _is_constant(seen),
     }
     return Measured(_floats(figures), _binned(seen, contract))
@@ -229,9 +231,14 @@ def _binned(values: np.ndarray, contract: LabelContract) -> dict[str, float]:
 
 def _linear(values: np.ndarray, low: float, high: float) -> dict[str, float]:
     width = (high - low) / BINS or 1.0
-    bins = np.clip(((values - low) / width).astype(int), 0, BINS - 1)
-    counts = np.bincount(bins.ravel(), minlength=BINS)
-    return {f"{low + i * width:.3g}": float(c) / values.size for i, c in enumerate(counts) if c}
+    bins = np.minimum(np.maximum((values.ravel() - low) * (1 / width), 0), BINS - 1).astype(np.intp)
+    counts = np.bincount(bins, minlength=BINS).tolist()
+    return {name: count / values.size for name, count in zip(_edges(low, high), counts, strict=True) if count}
+
+
+@lru_cache(maxsize=64)
+def _edges(low: float, high: float) -> tuple[str, ...]:
+    return tuple(f"{low + i * (high - low) / BINS:.3g}" for i in range(BINS))
 
 
 # -- of a shard ---------------------------------------------------------------------------------------
