@@ -6,11 +6,11 @@ STAMP := $(VENV)/.installed
 export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-long check bench clean setup
+.PHONY: help demo test test-long check bench bench-labelers clean setup
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 27
 
 setup: $(STAMP) ## make the virtual environment
 
@@ -35,7 +35,11 @@ check: $(STAMP) ## lint and type-check
 	$(BIN)/mypy
 
 bench: $(STAMP) ## run the benchmarks
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $$(grep -l '^if __name__' benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+
+bench-labelers: $(STAMP) ## accuracy of the specialists on held-out scenes, into their cards; speed of labelers
+	$(BIN)/python -m fourmill.flows.specialists.remeasure depth normal semseg det clip
+	$(BIN)/python benchmarks/labelers.py --quick
 
 clean: ## remove the environment and what the demo made
 	rm -rf $(VENV) data/demo runs/demo build *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
