@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,13 @@ BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 
 @dataclass(frozen=True)
 class Architecture:
-    """``task``: of `transformers.pipeline`, None where it has none; ``million``: parameters, for a check of the numbers."""
+    """``million`` parameters, as its page or paper says (of TIPSv2, whose page was not at hand, as built): a check of the numbers."""
 
     labeler: str
     published: str
     build: Callable[[], Any]
     preprocessor: Mapping[str, Any]
-    task: str | None
     million: float
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _preprocessor(kind: str, side: int, resample: int, **changes: Any) -> dict[str, Any]:
@@ -145,29 +143,27 @@ _SEGMENTATION = _preprocessor("SegformerImageProcessor", 512, BILINEAR, **IMAGEN
 ARCHITECTURES: dict[str, Architecture] = {
     "depth-anything-v2-small": Architecture(
         "depth", "depth-anything/Depth-Anything-V2-Metric-Indoor-Small-hf", _depth_anything_v2_small,
-        _preprocessor("DPTImageProcessor", 518, BICUBIC, keep_aspect_ratio=True, ensure_multiple_of=14, **IMAGENET),
-        "depth-estimation", 24.8,
+        _preprocessor("DPTImageProcessor", 518, BICUBIC, keep_aspect_ratio=True, ensure_multiple_of=14, **IMAGENET), 24.8,
     ),
     "tipsv2-b14-dpt": Architecture(
         "normal", "google/tipsv2-b14-dpt", _tipsv2_b14_dpt,
-        _preprocessor("Tipsv2DptImageProcessor", 448, BICUBIC, do_normalize=False), None, 112.0,
+        _preprocessor("Tipsv2DptImageProcessor", 448, BICUBIC, do_normalize=False), 110.2,
     ),
     "upernet-convnext-tiny": Architecture(
-        "semseg", "openmmlab/upernet-convnext-tiny", _upernet_convnext_tiny, _SEGMENTATION, "image-segmentation", 60.2
+        "semseg", "openmmlab/upernet-convnext-tiny", _upernet_convnext_tiny, _SEGMENTATION, 60.2
     ),
     "segformer-b0": Architecture(
-        "semseg", "nvidia/segformer-b0-finetuned-ade-512-512", _segformer_b0, _SEGMENTATION, "image-segmentation", 3.8
+        "semseg", "nvidia/segformer-b0-finetuned-ade-512-512", _segformer_b0, _SEGMENTATION, 3.8
     ),
     "rtdetr-v2-r50vd": Architecture(
         "det", "PekingU/rtdetr_v2_r50vd", _rtdetr_v2_r50vd,
-        _preprocessor("RTDetrImageProcessor", 640, BILINEAR, do_normalize=False, do_pad=False, **IMAGENET),
-        "object-detection", 42.9,
+        _preprocessor("RTDetrImageProcessor", 640, BILINEAR, do_normalize=False, do_pad=False, **IMAGENET), 42.9,
     ),
     "clip-vit-large-patch14": Architecture(
-        "clip", "openai/clip-vit-large-patch14", _clip_large, _CLIP, "image-feature-extraction", 304.0
+        "clip", "openai/clip-vit-large-patch14", _clip_large, _CLIP, 304.0
     ),
     "clip-vit-base-patch16": Architecture(
-        "clip", "openai/clip-vit-base-patch16", _clip_base, _CLIP, "image-feature-extraction", 86.2
+        "clip", "openai/clip-vit-base-patch16", _clip_base, _CLIP, 86.2
     ),
 }  # fmt: skip
 

@@ -227,7 +227,7 @@ def run_case(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     shipped = name.startswith("shipped:")
     gpu = options.device == "cuda"
     batch = options.batch or (32 if gpu else 16 if shipped else 1)
-    pairs = 1 if options.quick and not shipped else options.pairs + 4 * shipped
+    pairs = options.pairs + 4 * shipped
     command = [sys.executable, __file__, "--case", name, "--folder", str(where), "--device", options.device]
     command += ["--precision", options.precision, "--batch", str(batch), "--pairs", str(pairs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -21,7 +21,7 @@ PIXELS_AT_ONCE = 8192  # their scores stay within a processor's cache
 
 
 class Taps(NamedTuple):
-    """Along one axis, of each of P pixels: its T neighbouring cells int32 (P, T) and their weights float32 (P, T)."""
+    """Along one axis, of each of P pixels: its T neighbouring cells int32 (T, P) and their weights float32 (T, P)."""
 
     cells: torch.Tensor
     weights: torch.Tensor
@@ -55,7 +55,7 @@ def _taps(cells: int, side: int, start: int, extent: int, pixels: int, smooth: t
         last = cells - 1 - touched.flip(1).int().argmax(dim=1)
         count = int((last - first).max()) + 1
         index = first.clamp(max=cells - count)[:, None] + torch.arange(count)
-        return Taps(index.int(), weights.gather(1, index))
+        return Taps(index.int().T.contiguous(), weights.gather(1, index).T.contiguous())
 
 
 def best(scores: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ def classes_of(cells: torch.Tensor, grid: tuple[int, int], at: Placement) -> tor
     rows, columns = _on(cells, taps(grid, at))
     at_cells = best(cells).view(grid)
     low, high = at_cells, at_cells
-    for axis, (near, _) in enumerate((rows, columns)):
+    for axis, near in ((1, columns.cells), (0, rows.cells)):  # whole rows are copied faster
         low, high = _extreme(low, near, axis, "minimum"), _extreme(high, near, axis, "maximum")
     y, x = (low != high).nonzero(as_tuple=True)
     for part in _parts(len(y)):
@@ -107,9 +107,9 @@ def _extreme(values: torch.Tensor, near: torch.Tensor, axis: int, which: str) ->
     """The smallest or largest of each pixel's cells along one axis."""
     import torch
 
-    found = values.index_select(axis, near[:, 0])
-    for tap in range(1, near.shape[1]):
-        found = getattr(torch, which)(found, values.index_select(axis, near[:, tap]))
+    found = values.index_select(axis, near[0])
+    for tap in near[1:]:
+        found = getattr(torch, which)(found, values.index_select(axis, tap))
     return found
 
 
@@ -119,9 +119,11 @@ def _mean(
     """(P, C) of the pixels at ``y`` and ``x``: their cells' scores by weight."""
     import torch.nn.functional as F
 
-    index = rows.cells[y][:, :, None] * width + columns.cells[x][:, None, :]
-    weights = rows.weights[y][:, :, None] * columns.weights[x][:, None, :]
-    return F.embedding_bag(index.flatten(1), cells, per_sample_weights=weights.flatten(1), mode="sum")
+    # (T, T, P): with the long axis as the inner one this takes a fifth of the time
+    index = (rows.cells[:, y] * width)[:, None] + columns.cells[:, x]
+    weights = rows.weights[:, y][:, None] * columns.weights[:, x]
+    index, weights = (one.flatten(0, 1).T.contiguous() for one in (index, weights))
+    return F.embedding_bag(index, cells, per_sample_weights=weights, mode="sum")
 
 
 def _parts(count: int) -> Iterator[slice]:
