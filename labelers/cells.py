@@ -27,15 +27,17 @@ class Taps(NamedTuple):
     weights: torch.Tensor
 
 
-def taps(grid: tuple[int, int], at: Placement) -> tuple[Taps, Taps]:
+def taps(grid: tuple[int, int], at: Placement, device: str = "cpu") -> tuple[Taps, Taps]:
     """By row and by column: what `map_to_frame` makes of a map of ``grid`` = (h, w) cells."""
     smooth = needs_antialias(grid, (at.side, at.side)), needs_antialias((at.height, at.width), at.frame)
-    rows = _taps(grid[0], at.side, at.top, at.height, at.frame[0], smooth)
-    return rows, _taps(grid[1], at.side, at.left, at.width, at.frame[1], smooth)
+    rows = _taps(grid[0], at.side, at.top, at.height, at.frame[0], smooth, device)
+    return rows, _taps(grid[1], at.side, at.left, at.width, at.frame[1], smooth, device)
 
 
 @lru_cache(maxsize=512)
-def _taps(cells: int, side: int, start: int, extent: int, pixels: int, smooth: tuple[bool, bool]) -> Taps:
+def _taps(
+    cells: int, side: int, start: int, extent: int, pixels: int, smooth: tuple[bool, bool], device: str
+) -> Taps:
     """Read off the interpolation itself, of maps that are one in one cell and zero elsewhere."""
     import torch
     import torch.nn.functional as F
@@ -55,7 +57,8 @@ def _taps(cells: int, side: int, start: int, extent: int, pixels: int, smooth: t
         last = cells - 1 - touched.flip(1).int().argmax(dim=1)
         count = int((last - first).max()) + 1
         index = first.clamp(max=cells - count)[:, None] + torch.arange(count)
-        return Taps(index.int().T.contiguous(), weights.gather(1, index).T.contiguous())
+        both = index.int(), weights.gather(1, index)
+        return Taps(*(one.T.contiguous().to(device) for one in both))
 
 
 def best(scores: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,7 @@ def best(scores: torch.Tensor) -> torch.Tensor:
 
 def classes_of(cells: torch.Tensor, grid: tuple[int, int], at: Placement) -> torch.Tensor:
     """uint8 (H, W) of a frame: the class with the highest score, of scores (h * w, C) by cell."""
-    rows, columns = _on(cells, taps(grid, at))
+    rows, columns = taps(grid, at, str(cells.device))
     at_cells = best(cells).view(grid)
     low, high = at_cells, at_cells
     for axis, near in ((1, columns.cells), (0, rows.cells)):  # whole rows are copied faster
@@ -89,7 +92,7 @@ def finished_classes_of(
     """uint8 (H, W): the best class where ``finish``, not linear, makes class scores (P, C) of values (P, K) by pixel."""
     import torch
 
-    rows, columns = _on(cells, taps(grid, at))
+    rows, columns = taps(grid, at, str(cells.device))
     height, width = at.frame
     classes = torch.empty(height * width, dtype=torch.uint8, device=cells.device)
     for part in _parts(height * width):
@@ -97,10 +100,6 @@ def finished_classes_of(
         values = _mean(cells, grid[1], rows, columns, pixel // width, pixel % width)
         classes[part] = best(finish(values))
     return classes.view(height, width)
-
-
-def _on(cells: torch.Tensor, both: tuple[Taps, Taps]) -> list[Taps]:
-    return [Taps(*(one.to(cells.device) for one in axis)) for axis in both]
 
 
 def _extreme(values: torch.Tensor, near: torch.Tensor, axis: int, which: str) -> torch.Tensor:

@@ -141,10 +141,8 @@ class Depth(NetworkLabeler):
     def read(self, output: Any, placements: Sequence[Placement]) -> list[Label]:
         predicted = output.predicted_depth.float()  # (B, h, w)
         finish = _metric if self.metric else _relative
-        return [
-            finish(map_to_frame(row[None], at)[0]).cpu().numpy()
-            for row, at in zip(predicted, placements, strict=True)
-        ]
+        maps = [finish(map_to_frame(row[None], at)[0]) for row, at in zip(predicted, placements, strict=True)]
+        return [one.cpu().numpy() for one in maps]  # a device is waited for once all is asked of it
 
 
 def _metric(depth_m: torch.Tensor) -> torch.Tensor:

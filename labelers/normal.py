@@ -120,8 +120,8 @@ class Normal(NetworkLabeler):
             facing = torch.tensor([0.0, 0.0, 1.0], device=full.device).view(3, 1, 1)
             length = _length(full)
             full = torch.where(length > 1e-12, full / length.clamp(min=1e-12), facing)
-            labels.append(full.permute(1, 2, 0).contiguous().cpu().numpy())
-        return labels
+            labels.append(full.permute(1, 2, 0).contiguous())
+        return [label.cpu().numpy() for label in labels]
 
 
 def _length(vectors: Any) -> Any:

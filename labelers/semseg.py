@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
-
 from fourmill.errors import CheckpointError
 from fourmill.labelers.base import register
 from fourmill.labelers.card import LETTERBOXED, Card, Weights
@@ -143,8 +141,8 @@ class Semseg(NetworkLabeler):
             )
         one = _from_masks if is_masks else _from_scores
         made = [one(output, row, at) for row, at in enumerate(placements)]
-        self.note("confidence", [confidence for _, confidence in made])
-        return [label for label, _ in made]
+        self.note("confidence", [float(confidence) for _, confidence in made])
+        return [classes.cpu().numpy() for classes, _ in made]
 
 
 def _upernet(network: Any, pixel_values: Any) -> Any:
@@ -155,18 +153,17 @@ def _upernet(network: Any, pixel_values: Any) -> Any:
     return SemanticSegmenterOutput(logits=network.decode_head(features))
 
 
-def _from_scores(output: Any, row: int, at: Placement) -> tuple[np.ndarray, float]:
+def _from_scores(output: Any, row: int, at: Placement) -> tuple[Any, Any]:
     """Class ids uint8 (H, W), and the probability of the likeliest class on average over places (see `_looked_at`)."""
     scores = output.logits[row].float()  # (classes, h, w)
     grid = (scores.shape[1], scores.shape[2])
     cells = scores.permute(1, 2, 0).contiguous()
     seen = _looked_at(cells).flatten(0, 1)
     likeliest = 1 / (seen - seen.amax(dim=1, keepdim=True)).exp().sum(dim=1)
-    classes = classes_of(cells.flatten(0, 1), grid, at)
-    return classes.cpu().numpy(), float(likeliest.mean())
+    return classes_of(cells.flatten(0, 1), grid, at), likeliest.mean()
 
 
-def _from_masks(output: Any, row: int, at: Placement) -> tuple[np.ndarray, float]:
+def _from_masks(output: Any, row: int, at: Placement) -> tuple[Any, Any]:
     """As `_from_scores`; a class scores the sum over queries, which is no probability: it can pass one and is cut there."""
     classes = output.class_queries_logits[row].float().softmax(dim=-1)[:, :-1].contiguous()  # (Q, classes)
     masks = output.masks_queries_logits[row].float()  # (Q, h, w)
@@ -174,7 +171,7 @@ def _from_masks(output: Any, row: int, at: Placement) -> tuple[np.ndarray, float
     cells = masks.permute(1, 2, 0).contiguous()
     likeliest = (_looked_at(cells).sigmoid() @ classes).amax(dim=-1).clamp(max=1)
     ids = finished_classes_of(cells.flatten(0, 1), grid, at, lambda values: values.sigmoid_() @ classes)
-    return ids.cpu().numpy(), float(likeliest.mean())
+    return ids, likeliest.mean()
 
 
 def _looked_at(cells: Any) -> Any:

@@ -184,7 +184,7 @@ def test_two_likely_masks_outvote_one_certain_mask() -> None:
         class_queries_logits=classes, masks_queries_logits=masks
     )
     ids, confidence = _from_masks(output, 0, place((6, 8), 8))
-    assert ids.shape == (6, 8) and (ids == 1).all()  # 2 / (1 + 1/e) against 1; as logits 2 against 20
+    assert tuple(ids.shape) == (6, 8) and (ids == 1).all()  # 2 / (1 + 1/e) against 1; as logits 2 against 20
     assert confidence == 1  # cut there
     masks = masks - torch.tensor([0, 2, 2, 0.0]).view(1, 4, 1, 1)
     output = Mask2FormerForUniversalSegmentationOutput(
