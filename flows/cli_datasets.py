@@ -73,20 +73,22 @@ def report(
     console.print(f"report: {made.path}", soft_wrap=True)
 
 
-@app.command(epilog="Example: [bold]fourmill export data/demo exports/demo -m rgb -m depth -m caption[/bold]")
+@app.command(
+    epilog="Example: [bold]fourmill export data/demo exports/demo -m rgb -m depth --format parquet[/bold]"
+)
 def export(
     dataset: DatasetUrl,
     out: Annotated[str, typer.Argument(metavar="OUT", help="a folder or any fsspec URL")],
     modality: Modalities = None,
-    split: Annotated[str, typer.Option(help="train or val")] = "train",
-    layout: Annotated[str, typer.Option("--format", help="webdataset, the only one")] = "webdataset",
+    split: Annotated[
+        str | None, typer.Option(help="train or val; of Parquet all, too. Default: train, of Parquet all")
+    ] = None,
+    layout: Annotated[str, typer.Option("--format", help="webdataset or parquet")] = "webdataset",
 ) -> None:
-    """Write finished shards as the WebDataset tars that the published 4M training code reads."""
+    """Write finished shards as the WebDataset tars that the published 4M code reads, or as Parquet with a dataset card."""
     from fourmill.flows.exporting import export_dataset
 
-    if layout != "webdataset":
-        raise ConfigError(f"--format {layout}: only webdataset is written")
-    done = export_dataset(dataset, out, modality, split)
+    done = export_dataset(dataset, out, modality, split, layout)
     console.print(f"{done.rows} samples in {done.shards} shards: {out}", soft_wrap=True)
     for reason, rows in done.left_out.items():
         console.print(f"  left out: {rows} ({reason})", markup=False)

@@ -16,6 +16,7 @@ from fourmill.flows.exporting import config_of
 from fourmill.flows.status import human_bytes
 from fourmill.flows.training import make_snapshot
 from fourmill.shards.dataset import Dataset
+from fourmill.shards.export_parquet import snapshot_licenses
 from fourmill.shards.snapshot import Snapshot
 from fourmill.shards.tombstones import Tombstone, drop_keys
 
@@ -67,9 +68,7 @@ def snapshots_report(url: str, snapshots: Sequence[Snapshot]) -> Group:
 
 
 def _licenses(snapshot: Snapshot) -> list[str]:
-    """Of all weights that its values were made with."""
-    ways = [way for entry in snapshot.content["modalities"].values() for way in entry.get("provenance", [])]
-    return sorted({str(way[key]) for way in ways for key in ("license", "tokenizer_license") if way.get(key)})
+    return snapshot_licenses(snapshot, list(snapshot.modalities))
 
 
 # -- take-downs ---------------------------------------------------------------------------------------

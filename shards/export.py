@@ -14,7 +14,7 @@ left out of all of them, and counted. Shards are numbered without gaps; a shard 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,8 @@ def export_webdataset(
     from tokens. Raises ConfigError for what cannot be exported and for a folder that holds something else. Run
     again after an interruption, it writes the same bytes.
     """
-    names = _chosen(snapshot, modalities)
+    known = snapshot.modalities
+    names = chosen_modalities(snapshot, modalities, [n for n, m in known.items() if m.kind != "pixels"])
     makers = {name: _maker(snapshot, name, decode or {}) for name in names}
     out = Store(out_url)
     facts = _facts(snapshot, names, split)
@@ -94,10 +95,13 @@ def export_webdataset(
     return report
 
 
-def _chosen(snapshot: Snapshot, modalities: Sequence[str] | None) -> list[str]:
+def chosen_modalities(
+    snapshot: Snapshot, modalities: Sequence[str] | None, default: Iterable[str]
+) -> list[str]:
+    """What is to be exported: those that were named, or the default ones."""
     known = snapshot.modalities
     if modalities is None:
-        return [name for name, modality in known.items() if modality.kind != "pixels"]
+        return list(default)
     for name in modalities:
         if name not in known:
             raise ConfigError(
