@@ -95,9 +95,10 @@ def check_made_for(folder: Path, config: dict[str, Any], modality: Modality, ima
         raise CheckpointError(
             f"tokenizer {folder} was made for modality {config['modality']!r}, not {modality.name!r}"
         )
-    if config["image_size"] != image_size:
+    sizes = config.get("image_sizes", [config["image_size"]])
+    if image_size not in sizes:
         raise CheckpointError(
-            f"tokenizer {folder} was fitted at image_size {config['image_size']}, the dataset has {image_size}"
+            f"tokenizer {folder} was fitted at image_size {', '.join(map(str, sizes))}, the dataset has {image_size}"
         )
     classes = tuple(config.get("classes", ()))
     if classes != modality.contract.classes:

@@ -6,31 +6,25 @@ are worth is measured on labels that were held out, and written into the tokeniz
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from fourmill.errors import ConfigError, ContractError, nearest
+from fourmill.errors import ConfigError, nearest
 from fourmill.labels import Label
 from fourmill.modality import Modality
 from fourmill.tokenize.base import codecs
+from fourmill.tokenize.fit_loop import FitOptions, Progress, fit_vqvae
+from fourmill.tokenize.peers import ALONE, Peers
 from fourmill.tokenize.pixels import PixelsCodec
 from fourmill.tokenize.scalar import ScalarCodec
-from fourmill.tokenize.spaces import Depth, Features, Vector, space_name
+from fourmill.tokenize.spaces import Depth, Vector, space_name
 from fourmill.tokenize.text import VocabularyCodec
 from fourmill.tokenize.vocabulary import MAX_VOCABULARY, Vocabulary, train_vocabulary
 from fourmill.tokenize.vqvae import VQVAE, VQConfig
-
-Progress = Callable[[int, int, dict[str, Any]], None]
 
 #: Network sizes by preset: "4m" is the paper's ViT-B, "demo" runs on one core in minutes.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -48,32 +42,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 #: Codebook sizes by preset and modality; other modalities take what ``""`` says.
 CODEBOOKS: dict[str, dict[str, int]] = {
-    "4m": {"rgb": 16384, "depth": 8192, "normal": 8192, "semseg": 4096, "clip": 8192, "": 8192},
-    "demo": {"rgb": 512, "depth": 256, "normal": 256, "semseg": 128, "clip": 256, "": 256},
+    "4m": {"rgb": 16384, "semseg": 4096, "": 8192},
+    "demo": {"semseg": 128, "": 512},
 }
+
+#: of vectors in "4m", as 4M-21 has for global features: MLPs around memory codes
+_GLOBAL: dict[str, Any] = {
+    "quantizer": "memory", "dim": 1024, "encoder_depth": 6, "decoder_depth": 6, "latent_dim": 1024, "heads": 16,
+}  # fmt: skip
+#: held-out labels that are decoded again to be compared; more are only encoded
+DECODED = 256
 
 _VOCABULARY_OPTIONS = ("vocabulary", "vocabulary_captions", "vocabulary_classes", "vocabulary_size")
 _PIXEL_OPTIONS = ("format", "quality", "lossless", "patch_size")
 _FLOW_OPTIONS = ("samples",)  # under `fit:` too, and the caller's affair
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitOptions:
-    """How a network is fitted. ``steps`` or ``minutes``, whichever ends first; 0 minutes: steps alone."""
-
-    preset: str = "4m"
-    steps: int = 20_000
-    minutes: float = 0.0  # wall-clock; a fit that ends by the clock is not reproducible
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05  # share of the run in which the learning rate rises
-    relaxed: float = (
-        0.15  # share of the run before quantisation begins: codes start from latents that mean something
-    )
-    seed: int = 0
-    device: str = "cpu"
-    precision: str = "fp32"  # or "bf16": autocast, the quantizer excepted; for GPUs
 
 
 def fit_needed(modality: Modality) -> bool:
@@ -91,6 +73,8 @@ def default_config(modality: Modality, preset: str, image_size: int, **changes: 
     sizes = CODEBOOKS[preset]
     values = {**PRESETS[preset], "codebook_size": sizes.get(modality.name, sizes[""])}
     values["patch_size"] = 16 if image_size >= 32 else 4
+    if preset == "4m" and space_name(modality.contract) == Vector.name:
+        values |= _GLOBAL
     if space_name(modality.contract) == Depth.name:
         values["normalisation"] = "log" if modality.contract.units == "metres" else "robust"
         if preset == "demo":
@@ -107,6 +91,8 @@ def fit_codec(
     options: Mapping[str, Any],
     out: Path,
     progress: Progress | None = None,
+    scratch: Path | None = None,
+    peers: Peers = ALONE,
 ) -> Path:
     """Fit (or just set up) the codec of ``modality`` and write its folder ``out``; returns ``out``.
 
@@ -114,12 +100,27 @@ def fit_codec(
     need no fit ignore them. ``options``: fields of `FitOptions` and `VQConfig`; for what is written as text
     ``vocabulary`` (path of a tokenizer file or folder), or ``vocabulary_captions``, ``vocabulary_classes`` and
     ``vocabulary_size`` to train one, and the family's own; for pixels ``format``, ``quality``, ``lossless``, ``patch_size``.
+
+    ``labels`` are of ``image_size``, or of the largest of the option ``sizes``; ``held_out`` of ``image_size``. ``scratch``
+    and ``peers`` as in `fit_vqvae`; of several workers only the first writes ``out``.
     """
     family = modality.codec
     if family == "vqvae":
         fit, network = _split_options(options, modality)
-        codec = _fit_labels(modality, labels, held_out, fit, network, image_size, progress)
-        codec.save(out)
+        config = default_config(modality, fit.preset, image_size, **network)
+        codec = fit_vqvae(
+            modality,
+            labels,
+            config,
+            image_size=image_size,
+            options=fit,
+            progress=progress,
+            scratch=scratch,
+            peers=peers,
+        )
+        if peers.rank == 0:
+            codec.card["held_out"] = measure(codec, held_out)
+            codec.save(out)
     elif family in codecs and issubclass(written := codecs.get(family), VocabularyCodec):
         _check_options(options, modality, (*_VOCABULARY_OPTIONS, *written.options))
         chosen = {name: options[name] for name in written.options if name in options}
@@ -149,7 +150,8 @@ def _split_options(options: Mapping[str, Any], modality: Modality) -> tuple[FitO
     """Fit options, and overrides of the network."""
     _check_options(options, modality, tuple(field.name for field in fields(VQConfig)))
     known = {field.name for field in fields(FitOptions)}
-    fit = FitOptions(**{k: v for k, v in options.items() if k in known})
+    chosen: dict[str, Any] = {k: tuple(v) if k == "sizes" else v for k, v in options.items() if k in known}
+    fit = FitOptions(**chosen)
     other = {*known, *_VOCABULARY_OPTIONS, *_FLOW_OPTIONS}
     return fit, {**modality.codec_options, **{k: v for k, v in options.items() if k not in other}}
 
@@ -166,164 +168,31 @@ def _vocabulary(options: Mapping[str, Any], modality: Modality) -> Vocabulary:
     return train_vocabulary(captions, classes, int(options.get("vocabulary_size", MAX_VOCABULARY)))
 
 
-def _fit_labels(
-    modality: Modality,
-    labels: Sequence[Label],
-    held_out: Sequence[Label],
-    fit: FitOptions,
-    network: dict[str, Any],
-    image_size: int,
-    progress: Progress | None,
-) -> VQVAE:
-    config = default_config(modality, fit.preset, image_size, **network)
-    codec = fit_vqvae(modality, labels, config, image_size=image_size, options=fit, progress=progress)
-    codec.card["held_out"] = measure(codec, held_out)
-    return codec
-
-
-def fit_vqvae(
-    modality: Modality,
-    labels: Sequence[Label],
-    config: VQConfig,
-    *,
-    image_size: int,
-    options: FitOptions,
-    progress: Progress | None = None,
-) -> VQVAE:
-    """Fit a tokenizer network on cropped labels; the same arguments and ``steps`` give the same weights on one CPU.
-
-    AdamW with betas 0.9 and 0.99, linear warm-up, cosine to zero, gradients clipped at norm 1 (4M's recipe),
-    horizontal flips by the modality's rule.
-    """
-    if not len(labels):
-        raise ContractError(f"tokenizer of {modality.name!r}: there are no labels to fit on")
-    codec = _fresh_codec(modality, labels, config, image_size, options.seed)
-    codec.to(options.device).network.train().requires_grad_(True)
-    optimizer = _optimizer(codec.network, options)
-    generator = torch.Generator().manual_seed(options.seed)
-    started, done, step = time.monotonic(), 0.0, 0
-    with closing(_batches(codec, labels, options)) as batches:
-        while done < 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * _schedule(done, options.warmup)
-            figures = _step(codec, next(batches), optimizer, options, generator, done < options.relaxed)
-            step += 1
-            elapsed = (time.monotonic() - started) / 60
-            done = max(step / options.steps, elapsed / options.minutes if options.minutes else 0.0)
-            if progress and (step % 20 == 0 or done >= 1.0):
-                total = options.steps if not options.minutes else max(step, round(step / done))
-                progress(step, total, {name: float(value) for name, value in figures.items()})
-    codec.to("cpu").freeze()
-    parameters = sum(p.numel() for p in codec.network.parameters())
-    codec.card.update(
-        parameters=parameters, fit={**asdict(options), "steps_done": step, "num_labels": len(labels)}
-    )
-    return codec
-
-
-def _fresh_codec(
-    modality: Modality, labels: Sequence[Label], config: VQConfig, image_size: int, seed: int
-) -> VQVAE:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        space = space_name(modality.contract)
-        if space in (Features.name, Vector.name):
-            shape = np.shape(labels[0])
-            grid = (shape[0], shape[1]) if space == Features.name else None
-            codec = VQVAE(modality, image_size, config, grid=grid, channels=shape[-1])
-            _set_standardisation(codec, labels)
-        else:
-            codec = VQVAE(modality, image_size, config)
-        for module in codec.network.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-    return codec
-
-
-def _set_standardisation(codec: VQVAE, labels: Sequence[Label]) -> None:
-    """Mean and deviation of every feature channel, over at most 256 labels spread over the set."""
-    picked = np.linspace(0, len(labels) - 1, min(256, len(labels))).astype(int)
-    sample = codec.to_network([labels[i] for i in picked])
-    codec.network.shift.copy_(sample.mean((0, 2, 3)).view(-1, 1, 1))
-    codec.network.scale.copy_(sample.std((0, 2, 3)).clamp_min(1e-3).view(-1, 1, 1))
-
-
-def _optimizer(network: nn.Module, options: FitOptions) -> torch.optim.AdamW:
-    """Matrices decay; biases, norms and embeddings do not."""
-    decay = [p for p in network.parameters() if p.ndim >= 2]
-    rest = [p for p in network.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99))
-
-
-def _schedule(done: float, warmup: float) -> float:
-    """Learning-rate factor at the share ``done`` of the run."""
-    if done < warmup:
-        return max(done / warmup, 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
-def _batches(codec: VQVAE, labels: Sequence[Label], options: FitOptions) -> Generator[Tensor, None, None]:
-    """Random batches for ever, flipped by chance; another thread reads one ahead, as labels may come from storage."""
-    generator = torch.Generator().manual_seed(options.seed + 1)
-
-    def read(rows: list[int], flipped: Tensor) -> Tensor:
-        batch = codec.to_network([labels[row] for row in rows])
-        return codec.space.flip(batch, flipped.to(batch.device))
-
-    def submit(pool: ThreadPoolExecutor) -> Future[Tensor]:
-        rows = torch.randint(len(labels), (options.batch_size,), generator=generator).tolist()
-        return pool.submit(read, rows, torch.rand(options.batch_size, generator=generator) < 0.5)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="fit-labels") as pool:
-        ahead = submit(pool)
-        while True:
-            batch = ahead.result()
-            ahead = submit(pool)
-            yield batch
-
-
-def _step(
-    codec: VQVAE,
-    batch: Tensor,
-    optimizer: torch.optim.Optimizer,
-    options: FitOptions,
-    generator: torch.Generator,
-    relaxed: bool,
-) -> dict[str, Tensor]:
-    with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        if relaxed:
-            output, ids, commitment = (
-                codec.network.forward_relaxed(batch),
-                None,
-                batch.new_zeros((), dtype=torch.float32),
-            )
-        else:
-            output, ids, commitment = codec.network(batch, generator)
-    loss = codec.space.loss(output.float(), batch)
-    optimizer.zero_grad(set_to_none=True)
-    (loss + commitment).backward()
-    torch.nn.utils.clip_grad_norm_(codec.network.parameters(), 1.0)
-    optimizer.step()
-    codes = 0 if ids is None else len(ids.unique())
-    return {"loss": loss.detach(), "commitment": commitment.detach(), "codes": torch.tensor(codes)}
-
-
 def measure(codec: VQVAE, held_out: Sequence[Label], batch_size: int = 32) -> dict[str, float]:
     """Round-trip figures on labels that were not fitted on, and how much of the codebook they use.
 
-    ``codebook_use`` is the share of codes seen at least once, ``perplexity`` 2 to the entropy (bits) of the codes.
+    The figures are of `DECODED` labels spread over all of them. ``codebook_use`` is the share of codes seen at least
+    once, ``perplexity`` 2 to the entropy (bits) of the codes; of several codebooks the mean.
     """
     if not len(held_out):
         return {}
-    labels = [held_out[i] for i in range(len(held_out))]
+    counts = np.zeros((codec.codebooks, codec.modality.vocab_size), np.int64)
+    for start in range(0, len(held_out), batch_size):
+        ids = np.stack(
+            codec.encode([held_out[i] for i in range(start, min(start + batch_size, len(held_out)))])
+        )
+        for book, count in enumerate(counts):
+            count += np.bincount(ids[:, book :: len(counts)].ravel(), minlength=len(count))
+    picked = np.unique(np.linspace(0, len(held_out) - 1, min(DECODED, len(held_out))).astype(int)).tolist()
+    labels = [held_out[i] for i in picked]
     chunks = [labels[i : i + batch_size] for i in range(0, len(labels), batch_size)]
-    tokens = [ids for chunk in chunks for ids in codec.encode(chunk)]
-    decoded = [x for i in range(0, len(tokens), batch_size) for x in codec.decode(tokens[i : i + batch_size])]
-    counts = np.bincount(np.concatenate([np.asarray(t) for t in tokens]), minlength=codec.modality.vocab_size)
-    share = counts[counts > 0] / counts.sum()
-    figures = codec.space.figures(labels, decoded)
+    figures = codec.space.figures(labels, [x for chunk in chunks for x in codec.decode(codec.encode(chunk))])
     figures["codebook_use"] = float((counts > 0).mean())
-    figures["perplexity"] = float(2 ** -(share * np.log2(share)).sum())
-    return {"num_labels": len(labels), **{name: round(value, 4) for name, value in figures.items()}}
+    figures["perplexity"] = float(np.mean([_perplexity(count) for count in counts]))
+    sizes = {"num_labels": len(held_out), "decoded": len(labels)}
+    return {**sizes, **{name: round(value, 4) for name, value in figures.items()}}
+
+
+def _perplexity(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(2 ** -(share * np.log2(share)).sum())

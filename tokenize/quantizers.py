@@ -3,25 +3,32 @@
 Legend of shapes: B images, D latent channels, h x w the token grid, N = B*h*w vectors, K codes.
 
 Two of them, behind one interface: `CosineCodebook` (4M, supplement on tokenizers; EMA updates of VQ-VAE-2)
-and `FiniteScalar` (FSQ, arXiv 2309.15505). Neither ever holds an N x K one-hot matrix: the nearest code is
-found in blocks and the averages are summed by index.
+and `FiniteScalar` (FSQ, arXiv 2309.15505); a third is in memory_codes.py. None ever holds an N x K one-hot matrix: the
+nearest code is found in blocks and the averages are summed by index.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourmill.tokenize.peers import ALONE, Peers
+
 _SEARCH_CELLS = 1 << 22  # similarity values held at once: 16 MiB of float32
+_GPU_CELLS = 1 << 25  # fewer, larger products: 128 MiB
 
 
 class Quantizer(nn.Module, ABC):
     """Maps latents (B, D, h, w) to the nearest of ``num_codes`` points."""
+
+    #: whether a decoder can learn from `relax` at first
+    relaxes: ClassVar[bool] = True
 
     num_codes: int
     latent_dim: int
@@ -44,12 +51,33 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, ids: Tensor) -> Tensor:
         """Ids (B, h, w) int64 in [0, num_codes) to latents (B, D, h, w); equals what `quantize` returned."""
 
+    def expected(self, probabilities: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The mean code (B, D, h, w) under the probabilities (B, h*w, K) of the codes at each place."""
+        return (probabilities @ self.table()).transpose(1, 2).unflatten(2, grid)
 
-def nearest_codes(vectors: Tensor, codes: Tensor, cells: int = _SEARCH_CELLS) -> Tensor:
+    def table(self) -> Tensor:
+        """(K, D): what each id stands for."""
+        ids = torch.arange(self.num_codes, device=self.device).view(1, 1, -1)
+        return self.lookup(ids)[0, :, 0].T
+
+    @property
+    def device(self) -> torch.device:
+        return next(values.device for values in (*self.parameters(), *self.buffers()))
+
+    def fit_state(self) -> dict[str, Tensor]:
+        """What a fit has to remember beside the weights that are saved."""
+        return {}
+
+    def load_fit_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `fit_state` gave."""
+
+
+def nearest_codes(vectors: Tensor, codes: Tensor, cells: int | None = None) -> Tensor:
     """Index (N,) int64 of the code with the largest inner product, ties to the lowest index.
 
     ``vectors`` (N, D), ``codes`` (K, D). At most ``cells`` similarities exist at a time.
     """
+    cells = cells or (_GPU_CELLS if vectors.is_cuda else _SEARCH_CELLS)
     rows = max(1, cells // len(codes))
     return torch.cat([(block @ codes.T).argmax(dim=1) for block in vectors.split(rows)])
 
@@ -61,12 +89,14 @@ class CosineCodebook(Quantizer):
     commitment term ``commitment * |normalised latent - code|^2 / D``. A code whose average use falls under
     ``dead_share`` of the fair share N/K is replaced by a latent of the batch and given the *fair share* as its
     cluster size, so it has log(1/dead_share) / (1 - decay) batches to find vectors of its own.
+
+    Workers that fit together (``peers``) sum what they saw, and each gives its part of the fresh codes: the codebook
+    is the same on all of them. On a GPU an update never waits for the device.
     """
 
     codes: Tensor
     cluster_size: Tensor
     code_sum: Tensor
-    is_started: Tensor
 
     def __init__(
         self,
@@ -79,18 +109,19 @@ class CosineCodebook(Quantizer):
         super().__init__()
         self.num_codes, self.latent_dim = num_codes, latent_dim
         self.decay, self.commitment, self.dead_share = decay, commitment, dead_share
+        self.peers: Peers = ALONE
+        self.started = False
         self.register_buffer("codes", torch.zeros(num_codes, latent_dim))
-        # What only fitting needs is left out of the checkpoint.
+        # What only fitting needs is left out of the tokenizer.
         self.register_buffer("cluster_size", torch.zeros(num_codes), persistent=False)
         self.register_buffer("code_sum", torch.zeros(num_codes, latent_dim), persistent=False)
-        self.register_buffer("is_started", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def quantize(
         self, latents: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, dim, height, width = latents.shape
         flat = self.relax(latents).permute(0, 2, 3, 1).reshape(-1, dim)
-        if self.training and not self.is_started:
+        if self.training and not self.started:
             self._start(flat.detach(), generator)
         ids = nearest_codes(flat.detach(), self.codes)
         chosen = self.codes[ids]
@@ -107,35 +138,54 @@ class CosineCodebook(Quantizer):
     def lookup(self, ids: Tensor) -> Tensor:
         return self.codes[ids].permute(0, 3, 1, 2)
 
+    def fit_state(self) -> dict[str, Tensor]:
+        started = torch.tensor(self.started)
+        return {"cluster_size": self.cluster_size, "code_sum": self.code_sum, "started": started}
+
+    def load_fit_state(self, state: Mapping[str, Tensor]) -> None:
+        self.cluster_size.copy_(state["cluster_size"])
+        self.code_sum.copy_(state["code_sum"])
+        self.started = bool(state["started"])
+
     @torch.no_grad()
     def _start(self, flat: Tensor, generator: torch.Generator | None) -> None:
         """Every code begins as a latent of the first batch, with a fair share of its vectors."""
-        self._replace(torch.arange(self.num_codes, device=flat.device), flat, generator)
-        self.is_started.fill_(True)
+        every = torch.ones(self.num_codes, dtype=torch.bool, device=flat.device)
+        self._replace(every, flat, generator)
+        self.started = True
 
     @torch.no_grad()
     def _update(self, flat: Tensor, ids: Tensor, generator: torch.Generator | None) -> None:
-        counts = torch.bincount(ids, minlength=self.num_codes).to(flat.dtype)
+        # not bincount: on a GPU it waits for the largest id
+        counts = torch.zeros_like(self.cluster_size).index_add_(0, ids, flat.new_ones(()).expand(len(ids)))
         sums = torch.zeros_like(self.code_sum).index_add_(0, ids, flat)
-        self.cluster_size.lerp_(counts, 1 - self.decay)
-        self.code_sum.lerp_(sums, 1 - self.decay)
+        self.cluster_size.lerp_(self.peers.sum_(counts), 1 - self.decay)
+        self.code_sum.lerp_(self.peers.sum_(sums), 1 - self.decay)
         # A unit direction needs no division by the count, and a code unused in this batch stays where it is.
         norms = self.code_sum.norm(dim=1, keepdim=True)
         self.codes.copy_(torch.where(norms > 1e-12, self.code_sum / norms.clamp_min(1e-12), self.codes))
-        dead = (self.cluster_size < self.dead_share * len(flat) / self.num_codes).nonzero().flatten()
-        if len(dead):
+        dead = self.cluster_size < self.dead_share * self._fair(flat)
+        if flat.is_cuda or bool(dead.any()):  # a GPU is not asked
             self._replace(dead, flat, generator)
 
+    def _fair(self, flat: Tensor) -> float:
+        """Vectors per code in a batch of all workers."""
+        return len(flat) * self.peers.world / self.num_codes
+
     def _replace(self, which: Tensor, flat: Tensor, generator: torch.Generator | None) -> None:
-        draw = torch.randperm(len(flat), generator=generator)[: len(which)]
-        if len(draw) < len(which):  # fewer latents than codes to fill: some are taken twice
-            more = torch.randint(len(flat), (len(which) - len(draw),), generator=generator)
-            draw = torch.cat([draw, more])
-        fresh = flat[draw.to(flat.device)]
-        fair = len(flat) / self.num_codes
-        self.codes[which] = fresh
-        self.cluster_size[which] = fair
-        self.code_sum[which] = fresh * fair
+        """Put latents of the batch where ``which`` (bool (K,)) says; some twice where there are fewer of them.
+
+        The n-th replaced code takes one of worker n modulo ``world``.
+        """
+        rank, world = self.peers.rank, self.peers.world
+        draw = torch.randperm(len(flat), generator=generator).to(flat.device, non_blocking=True)
+        place = which.cumsum(0) - 1
+        fresh = flat[draw[(place.clamp_min(0) // world) % len(flat)]]
+        fresh = self.peers.sum_(fresh * (place % world == rank)[:, None])
+        fair, column = self._fair(flat), which[:, None]
+        self.codes.copy_(torch.where(column, fresh, self.codes))
+        self.code_sum.copy_(torch.where(column, fresh * fair, self.code_sum))
+        self.cluster_size.masked_fill_(which, fair)
 
 
 class FiniteScalar(Quantizer):

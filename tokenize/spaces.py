@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fourmill.errors import ConfigError, ContractError
 from fourmill.modality import LabelContract, Modality
+from fourmill.tokenize.ssim import ssim
 
 _IMAGE_AXES = (0, 3, 1, 2)
 MOST_PIECES = 16  # tokens of a vector; 4M-21 gives its global features as many
@@ -44,7 +45,17 @@ class Space(ABC):
                     f"tokenizer of {self.modality_name!r}: a label has shape {np.shape(label)}, "
                     f"this tokenizer takes {shape}; was it fitted for these labels?"
                 )
-        return np.stack(labels) if len(labels) else np.zeros((0, *shape), self.contract.dtype)
+        stacked = np.stack(labels) if len(labels) else np.zeros((0, *shape), self.contract.dtype)
+        if np.issubdtype(stacked.dtype, np.floating) and not np.isfinite(stacked).all():
+            raise ContractError(
+                f"tokenizer of {self.modality_name!r}: a label has values that are not finite; the labeler is at fault"
+            )
+        return stacked
+
+    def contract_facts(self) -> dict[str, Any]:
+        """What the labels mean to the network: a tokenizer fitted for others is of no use."""
+        contract = self.contract
+        return {"form": contract.form, "units": contract.units, "unit_norm": contract.unit_norm}
 
     @abstractmethod
     def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
@@ -65,6 +76,17 @@ class Space(ABC):
     @abstractmethod
     def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
         """How close the round trip comes, by the measure that people know for this kind of label."""
+
+    def resize(self, batch: Tensor, size: int) -> Tensor:
+        """Network input (B, C, H, W), or ids (B, H, W), at another size, by the contract's rule. ConfigError: no map."""
+        ids = not batch.is_floating_point()
+        values = batch[:, None].float() if ids else batch
+        if self.contract.resample == "nearest":
+            return F.interpolate(values, size, mode="nearest-exact")[:, 0 if ids else slice(None)].to(
+                batch.dtype
+            )
+        resized = F.interpolate(values, size, mode="bilinear", antialias=True)
+        return _unit(resized) if self.contract.unit_norm else resized
 
     def flip(self, batch: Tensor, chosen: Tensor) -> Tensor:
         """Mirror the rows where ``chosen`` (bool (B,)) by the contract's rule."""
@@ -96,6 +118,9 @@ class Bounded(Space):
         )
         self.channels = self.out_channels = contract.channels or 1
 
+    def contract_facts(self) -> dict[str, Any]:
+        return {**super().contract_facts(), "low": self.low, "high": self.high}
+
     def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
         axis = () if self.contract.channels is None else (self.channels,)
         return (image_size, image_size, *axis)
@@ -125,11 +150,16 @@ class Bounded(Space):
         if self.contract.unit_norm:
             cosine = [np.clip((a * b).sum(-1), -1, 1) for a, b in zip(labels, decoded, strict=True)]
             angles = np.degrees(np.arccos(np.stack(cosine)))
-            return {"mean_degrees": float(angles.mean()), "median_degrees": float(np.median(angles))}
+            return {
+                "mean_degrees": float(angles.mean()),
+                "median_degrees": float(np.median(angles)),
+                "within_11.25_degrees": float((angles < 11.25).mean()),
+            }
         squares = [((a.astype(np.float64) - b) ** 2).mean() for a, b in zip(labels, decoded, strict=True)]
         span = self.high - self.low
         psnr = [10 * math.log10(span**2 / max(square, 1e-12)) for square in squares]
-        return {"psnr_db": float(np.mean(psnr))}
+        likeness = [ssim(a, b, span) for a, b in zip(labels, decoded, strict=True)]
+        return {"psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(likeness))}
 
 
 class Depth(Space):
@@ -171,11 +201,22 @@ class Depth(Space):
         return F.smooth_l1_loss(output, target, beta=0.05)
 
     def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
-        if self.normalisation == "log":
-            errors = [(np.abs(b - a) / a).mean() for a, b in zip(labels, decoded, strict=True)]
-            return {"abs_rel": float(np.mean(errors))}
-        robust = standardise_robustly(np.stack(labels).astype(np.float32))
-        return {"mean_absolute_error": float(np.abs(robust - np.stack(decoded)).mean())}
+        truth, made = np.stack(labels).astype(np.float64), np.stack(decoded).astype(np.float64)
+        figures = {}
+        if self.normalisation == "robust":
+            mean, deviation = _middle(truth)
+            figures["mean_absolute_error"] = float(np.abs((truth - mean) / deviation - made).mean())
+            made = made * deviation + mean  # each map on its own label's scale
+        positive = truth > 1e-6
+        truth, made = truth[positive], np.maximum(made[positive], 1e-6)
+        if not len(truth):
+            return figures
+        ratio = np.maximum(made / truth, truth / made)
+        return {
+            "abs_rel": float((np.abs(made - truth) / truth).mean()),
+            "delta1": float((ratio < 1.25).mean()),
+            **figures,
+        }
 
 
 class Classes(Space):
@@ -233,6 +274,11 @@ class Features(Space):
         """C of a label."""
         return self.channels
 
+    def resize(self, batch: Tensor, size: int) -> Tensor:
+        raise ConfigError(
+            f"modality {self.modality_name!r}: `sizes` are for maps; of features the labels set the grid"
+        )
+
     def label_shape(self, image_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
         return (*grid, self.channels)
 
@@ -251,9 +297,8 @@ class Features(Space):
 
     def figures(self, labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]) -> dict[str, float]:
         a, b = np.stack(labels).astype(np.float64), np.stack(decoded).astype(np.float64)
-        mean = a.mean(
-            tuple(range(a.ndim - 1))
-        )  # features of one network share much of their direction: away with it
+        # features of one network share much of their direction: away with it
+        mean = a.mean(tuple(range(a.ndim - 1)))
         return {"cosine": _cosine(a, b), "centred_cosine": _cosine(a - mean, b - mean)}
 
 
@@ -261,15 +306,19 @@ class Vector(Features):
     """One vector (C,) float32 per crop, as up to `MOST_PIECES` tokens.
 
     The vector is cut into equal pieces, the last filled up with zeros, that stand in a grid of one row: the network
-    (B, C / pieces, 1, pieces) mixes them before it quantizes each.
+    (B, C / pieces, 1, pieces) mixes them before it quantizes each. ``is_whole``: one piece, for a network that makes
+    several tokens of it (memory_codes.py).
     """
 
     name = "vector"
 
-    def __init__(self, modality: Modality, length: int) -> None:
-        width = -(-length // MOST_PIECES)
-        self.length, self.pieces = length, -(-length // width)
+    def __init__(self, modality: Modality, length: int, is_whole: bool = False) -> None:
+        width = length if is_whole else -(-length // MOST_PIECES)
+        self.length, self.pieces, self.is_whole = length, -(-length // width), is_whole
         super().__init__(modality, width)
+
+    def contract_facts(self) -> dict[str, Any]:
+        return {**super().contract_facts(), "low": self.contract.low, "high": self.contract.high}
 
     @property
     def label_channels(self) -> int:
@@ -314,11 +363,16 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def standardise_robustly(depth: np.ndarray) -> np.ndarray:
     """(B, H, W) by the mean and deviation of each map's middle 80 % (4M: the rest is cut off on both sides)."""
+    mean, deviation = _middle(depth)
+    return ((depth - mean) / deviation).astype(np.float32)
+
+
+def _middle(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation (B, 1, 1) of the middle 80 % of each map's values."""
     ordered = np.sort(depth.reshape(len(depth), -1).astype(np.float64), axis=1)
     cut = int(0.1 * ordered.shape[1])
     middle = ordered[:, cut : ordered.shape[1] - cut]
-    mean = middle.mean(1)[:, None, None]
-    return ((depth - mean) / np.sqrt(middle.var(1) + 1e-6)[:, None, None]).astype(np.float32)
+    return middle.mean(1)[:, None, None], np.sqrt(middle.var(1) + 1e-6)[:, None, None]
 
 
 def space_name(contract: LabelContract) -> str:

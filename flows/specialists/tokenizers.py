@@ -25,7 +25,7 @@ from fourmill.shards.sources.scenes import DET_CLASSES, SCENE_CLASSES, VERSION, 
 from fourmill.tokenize.fit import fit_codec
 
 SIZE = 128
-TRAIN_COUNT, HELD_OUT_COUNT = 6_000, 256
+TRAIN_COUNT, HELD_OUT_COUNT = 6_000, 2_000
 CAPTION_COUNT = 3_000
 MODALITIES = ("rgb", "depth", "normal", "semseg", "clip", "caption", "det")
 #: Optimiser steps of the fits that ship; about 8 a second on a core of its own.
