@@ -47,6 +47,8 @@ from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.shards.garbage import find_garbage, remove_garbage
 from fourmill.shards.receipt_cache import ReceiptCache
 from fourmill.shards.receipts import Receipt, Recipe
+from fourmill.shards.repair import set_aside
+from fourmill.shards.verify import verify
 from fourmill.storage import Store
 from fourmill.train.trainer import train_on
 from fourmill.train_config import TrainConfig
@@ -200,6 +202,26 @@ def test_training_from_s3(tmp_path: Path, bucket: str, local: tuple[Path, dict[s
     assert trained.step == 2 and (trained.checkpoint / "model.safetensors").is_file()
     same = train_on(make_snapshot(small_config(folder, modalities, count=12)), tmp_path / "same", brief)
     assert same.loss == trained.loss, "the same snapshot, wherever it is kept"
+
+
+@pytest.mark.parametrize("place", ["s3", "flaky s3"], indirect=True)
+def test_damage_is_found_and_repaired(place: str, local: tuple[Path, dict[str, Any]]) -> None:
+    folder, modalities = local
+    config = small_config(place, modalities, count=12)
+    with without_ray():
+        build(config)
+    dataset = Dataset(place)
+    assert verify(dataset).problems == []
+    (name, *_) = sorted(dataset.store.walk("tokens/depth"))
+    dataset.store.put(name, dataset.store.read(name)[:-1] + b"x")
+    found = verify(Dataset(place))
+    assert [problem.file for problem in found.problems] == [name]
+    aside, moved = set_aside(dataset, found.problems)
+    assert name in moved and dataset.store.exists(f"{aside}/{name}") and not dataset.store.exists(name)
+    with without_ray():
+        build(config)
+    assert verify(Dataset(place)).problems == []
+    assert all_files(place) == data_files(folder)
 
 
 def test_status_of_a_remote_dataset(
