@@ -47,6 +47,7 @@ class BuildOptions:
     only_labels: tuple[str, ...] | None = None  # `fourmill label`: keep labels of these, make no tokens
     only_tokens: tuple[str, ...] | None = None  # `fourmill tokenize`
     fit_only: bool = False  # `fourmill fit-tokenizers`
+    fitted: tuple[str, ...] | None = None  # of these alone; None: of all that lack one
     slice: tuple[int, int] | None = None  # (i, n): the shards whose number is i modulo n
     retry_rejects: bool | str = False  # null cells are tried again: all (True), or those of one reason
 
@@ -81,7 +82,10 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
             _fit(resolved, work, options)
             resolved = resolve(config)
         shards: list[int] = []
-        if not options.fit_only:
+        if options.fit_only:
+            if not dataset.store.names("runs"):  # there was nothing to fit
+                _remember_run(dataset, resolved, plan_of(resolved, dataset, options), {"tokens": []})
+        else:
             plan = plan_of(resolved, dataset, options)
             shards = [shard for shard in plan.shards if in_slice(shard, options.slice)]
             _remember_run(dataset, resolved, plan, _asked(resolved, options))
@@ -159,7 +163,10 @@ def _fit(resolved: Resolved, work: _Work, options: BuildOptions) -> None:
     dataset, total = work.dataset, work.total
     whole = plan_of(resolved, dataset, options)
     chosen = fit_shards(resolved, whole.shards)
-    names = tuple(n for n in resolved.unfitted() if needs_labels(resolved.wanted[n]))
+    wanted = [n for n in resolved.unfitted() if options.fitted is None or n in options.fitted]
+    if not wanted:
+        return
+    names = tuple(n for n in wanted if needs_labels(resolved.wanted[n]))
     plan = make_plan(resolved, dataset, only_labels=names, only_tokens=(), only_shards=chosen)
     labels = {n: {"recipe": resolved.wanted[n].label_recipe.short, "shards": sorted(chosen)} for n in names}
     _remember_run(
@@ -178,7 +185,9 @@ def _fit(resolved: Resolved, work: _Work, options: BuildOptions) -> None:
             loss = figures.get("loss")
             advance(done, steps, f"{name}" + (f" loss {loss:.3f}" if isinstance(loss, float) else ""))
 
-        work.stage("Fit tokenizers", lambda: fit_tokenizers(resolved, dataset, sorted(chosen), on_fit))
+        work.stage(
+            "Fit tokenizers", lambda: fit_tokenizers(resolved, dataset, sorted(chosen), on_fit, wanted)
+        )
 
 
 def _run(resolved: Resolved, work: _Work, plan: Plan, title: str) -> None:

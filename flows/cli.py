@@ -159,17 +159,25 @@ def tokenize(
     )  # fmt: skip
 
 
-@app.command("fit-tokenizers", epilog="Example: [bold]fourmill fit-tokenizers configs/photos.yaml[/bold]")
-def fit_tokenizers(config: ConfigName, overrides: Overrides = None, no_prefect: NoPrefect = False) -> None:
-    """Label the fit set and fit the tokenizers that the dataset lacks (`build` does this too)."""
+@app.command(
+    "fit-tokenizers", epilog="Example: [bold]fourmill fit-tokenizers configs/photos.yaml -m depth[/bold]"
+)
+def fit_tokenizers(
+    config: ConfigName,
+    modality: Modalities = None,
+    overrides: Overrides = None,
+    no_prefect: NoPrefect = False,
+) -> None:
+    """Label the fit set and fit the tokenizers that the dataset lacks (`build` does this too); a killed fit goes on."""
     from fourmill.config import load_config
     from fourmill.flows import flow_runs
+    from fourmill.flows.fitting_show import tokenizers_table
 
     checked = load_config(config, overrides)
-    flow_runs.run_flow(
-        flow_runs.fit_tokenizers, use_prefect=not no_prefect, config=checked.model_dump(mode="json")
-    )
-    _show_tokenizers(checked.dataset)
+    names = known_names(modality, checked.modalities)
+    content = checked.model_dump(mode="json")
+    flow_runs.run_flow(flow_runs.fit_tokenizers, use_prefect=not no_prefect, config=content, modalities=names)
+    console.print(tokenizers_table(checked, names), soft_wrap=True)
 
 
 @app.command(epilog="Example: [bold]fourmill train demo --out runs/second --set train.steps=2000[/bold]")
@@ -232,15 +240,6 @@ def _build(config: str, overrides: list[str] | None, no_prefect: bool, **options
     console.print(status_report(read_status(Dataset(checked.dataset)), checked.dataset), soft_wrap=True)
     if problem is not None:
         raise problem
-
-
-def _show_tokenizers(url: str) -> None:
-    from fourmill.shards.dataset import Dataset
-
-    dataset = Dataset(url)
-    for name in dataset.store.names("tokenizers"):
-        for short in dataset.tokenizers(name):
-            console.print(f"{url}/tokenizers/{name}/{short}", soft_wrap=True, highlight=False)
 
 
 app.add_typer(cli_datasets.app)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fourmill.errors import SourceError
-from fourmill.flows.crop_labels import crop_label
+from fourmill.flows.engine import device_of
+from fourmill.flows.fit_labels import fit_labels, scratch_folder
+from fourmill.flows.fit_workers import FitJob, fit_on_workers
 from fourmill.flows.resolve import ORIGIN, Resolved, Wanted, fit_origin
-from fourmill.labels import Absent, Label
 from fourmill.shards.dataset import SAMPLES, Dataset
-from fourmill.shards.samples import OK
-from fourmill.shards.tar import read_labels
 from fourmill.tokenize.base import codecs
 from fourmill.tokenize.fit import fit_codec
 
 OnFit = Callable[[str, int, int, dict[str, Any]], None]  # (modality, step, steps, figures)
-#: labels that are held out of a fit to measure it on
-HELD_OUT = 256
 
 
 def needs_labels(wanted: Wanted) -> bool:
@@ -28,44 +25,76 @@ def needs_labels(wanted: Wanted) -> bool:
     return bool(codecs.get(wanted.modality.codec).needs_fit)
 
 
-def fit_tokenizers(resolved: Resolved, dataset: Dataset, shards: Sequence[int], on_fit: OnFit) -> None:
-    """Fit every tokenizer that is wanted and missing, on the kept labels of ``shards``, and add it to the dataset."""
+def fit_tokenizers(
+    resolved: Resolved,
+    dataset: Dataset,
+    shards: Sequence[int],
+    on_fit: OnFit,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Fit the tokenizers of ``names`` (of all that are wanted and missing) on the kept labels of ``shards``, and add them
+    to the dataset. What a fit keeps of its state and its labels is removed once the tokenizer is there.
+    """
     vocabulary: Path | None = None
-    names = resolved.unfitted()
+    names = resolved.unfitted() if names is None else names
     texts = [name for name in names if resolved.wanted[name].modality.kind == "sequence"]
     for name in [*sorted(texts, key=lambda n: n != "caption"), *(n for n in names if n not in texts)]:
-        wanted = resolved.wanted[name]
         options: dict[str, Any] = dict(resolved.config.modalities[name].tokenizer.options)
-        train: list[Label] = []
-        held_out: list[Label] = []
-        if needs_labels(wanted):
-            train, held_out = _labels(resolved, dataset, wanted, shards)
-            if not train:
-                raise SourceError(
-                    f"modalities.{name}.tokenizer: the fit set has no label of {name} to fit it on"
-                )
         if name in texts:
             options |= (
                 {"vocabulary": vocabulary}
                 if vocabulary
                 else _vocabulary_options(resolved, dataset, shards, options)
             )
-        elif needs_labels(wanted):
-            options = {**resolved.config.fit.model_dump(), "seed": resolved.config.seed, **options}
-        with tempfile.TemporaryDirectory(prefix="fourmill-fit-") as scratch:
-            folder = fit_codec(
-                wanted.modality,
-                train,
-                held_out,
-                image_size=resolved.config.image_size,
-                options=options,
-                out=Path(scratch) / name,
-                progress=lambda done, total, figures, name=name: on_fit(name, done, total, figures),  # type: ignore[misc]
-            )
-            (folder / ORIGIN).write_text(json.dumps(fit_origin(wanted, resolved.config), sort_keys=True))
-            short = dataset.add_tokenizer(name, folder)
+        elif needs_labels(resolved.wanted[name]):
+            options = {**resolved.config.fit.options(), "seed": resolved.config.seed, **options}
+        scratch = scratch_folder(resolved, dataset, name, shards)
+        folder = _fit(resolved, dataset, name, shards, options, scratch, on_fit)
+        origin = fit_origin(resolved.wanted[name], resolved.config)
+        (folder / ORIGIN).write_text(json.dumps(origin, sort_keys=True))
+        short = dataset.add_tokenizer(name, folder)
+        shutil.rmtree(scratch)
         if name in texts and vocabulary is None:
             vocabulary = dataset.tokenizer_folder(name, short)
+
+
+def _fit(
+    resolved: Resolved,
+    dataset: Dataset,
+    name: str,
+    shards: Sequence[int],
+    options: dict[str, Any],
+    scratch: Path,
+    on_fit: OnFit,
+) -> Path:
+    """One tokenizer's folder, in ``scratch``."""
+    wanted, config = resolved.wanted[name], resolved.config
+    train: Sequence[Any] = []
+    held_out: Sequence[Any] = []
+    if needs_labels(wanted):
+        train, held_out = fit_labels(resolved, dataset, wanted, shards, options.get("sizes", ()), scratch)
+        if not train:
+            raise SourceError(f"modalities.{name}.tokenizer: the fit set has no label of {name} to fit it on")
+
+    def progress(done: int, total: int, figures: dict[str, Any]) -> None:
+        on_fit(name, done, total, figures)
+
+    if needs_labels(wanted) and config.fit.workers > 1:
+        return fit_on_workers(
+            FitJob(resolved, name, tuple(shards), options, scratch), scratch / name, progress
+        )
+    if needs_labels(wanted):
+        options = {"device": device_of(config), **options}
+    return fit_codec(
+        wanted.modality,
+        train,
+        held_out,
+        image_size=config.image_size,
+        options=options,
+        out=scratch / name,
+        progress=progress,
+        scratch=scratch,
+    )
 
 
 def _vocabulary_options(
@@ -82,27 +111,3 @@ def _vocabulary_options(
             captions += texts if split == "train" else []
     classes = sorted({c for w in resolved.wanted.values() for c in w.modality.contract.classes})
     return {"vocabulary_captions": captions, "vocabulary_classes": classes}
-
-
-def _labels(
-    resolved: Resolved, dataset: Dataset, wanted: Wanted, shards: Sequence[int]
-) -> tuple[list[Label], list[Label]]:
-    """(training, held out) labels, cropped to crop 0. Neither contains a sample of the validation split."""
-    import numpy as np
-
-    train: list[Label] = []
-    for shard in shards:
-        table = dataset.samples(shard)
-        status, split = table["status"].to_pylist(), table["split"].to_pylist()
-        crops = table["crops"].combine_chunks().values.to_numpy().reshape(table.num_rows, -1, 5)
-        sizes = np.stack(
-            [table["height"].fill_null(0).to_numpy(), table["width"].fill_null(0).to_numpy()], axis=1
-        )
-        receipt = dataset.receipt(wanted.name, wanted.label_recipe.short, shard)
-        labels = read_labels(dataset.store.read(receipt.file), wanted.modality)
-        for row, label in sorted(labels.items()):
-            if status[row] == OK and split[row] == "train" and not isinstance(label, Absent):
-                size = resolved.config.image_size
-                train.append(crop_label(wanted.modality, label, 0, crops[row, 0], sizes[row], size))
-    held = min(HELD_OUT, len(train) // 8)
-    return train[: len(train) - held], train[len(train) - held :]

@@ -73,10 +73,13 @@ def build_dataset(
 
 
 @flow(name="fit_tokenizers", validate_parameters=False, persist_result=False)
-def fit_tokenizers(config: str | dict[str, Any], overrides: list[str] | None = None) -> dict[str, Any]:
-    """Label the fit set of a dataset and fit the tokenizers that it lacks."""
+def fit_tokenizers(
+    config: str | dict[str, Any], overrides: list[str] | None = None, modalities: list[str] | None = None
+) -> dict[str, Any]:
+    """Label the fit set of a dataset and fit the tokenizers that it lacks, or those of ``modalities`` alone."""
+    options = BuildOptions(fit_only=True, fitted=None if modalities is None else tuple(modalities))
     with _artifacts():
-        return build(_config(config, overrides), BuildOptions(fit_only=True), stage).status.to_json()
+        return build(_config(config, overrides), options, stage).status.to_json()
 
 
 @flow(name="train_model", validate_parameters=False, persist_result=False)

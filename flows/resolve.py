@@ -292,7 +292,7 @@ def use_tokenizer(wanted: Wanted, folder: Path, image_size: int) -> Wanted:
 
 def fit_origin(wanted: Wanted, config: Config) -> dict[str, Any]:
     """What a fitted tokenizer is fitted on and how, so that the same request finds it again."""
-    fit = config.fit.model_dump()
+    fit = config.fit.identity()
     options = config.modalities[wanted.name].tokenizer.options
     if not codecs.get(wanted.modality.codec).needs_fit:
         fit = {}

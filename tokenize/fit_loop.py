@@ -55,7 +55,9 @@ class FitOptions:
     device: str = "cpu"
     precision: str = "auto"  # "fp32" or "bf16": autocast, the quantizer excepted; auto: bf16 on a GPU
     ema: float = 0.0  # decay of the running mean of the weights, which is what is kept then; 0: none
-    sizes: tuple[int, ...] = ()  # image sizes of which each batch has one; labels come at the largest
+    sizes: tuple[
+        int, ...
+    ] = ()  # image sizes beside the dataset's: each batch has one; labels come at the largest
     checkpoint_minutes: float = 5.0  # between two files that a killed fit goes on from
     checkpoint_steps: int = 0  # the same, by steps; 0: by minutes alone
 
@@ -105,13 +107,13 @@ def fit_vqvae(
         while fit.done < 1.0:
             losses = fit.advance(next(batches))
             is_over = fit.done >= 1.0
-            if progress and peers.rank == 0 and (fit.step % _REPORT_EVERY == 0 or is_over):
-                progress(fit.step, fit.steps_in_all(), losses.figures())
             minutes = (time.monotonic() - saved_at) / 60
             by_steps = 0 < options.checkpoint_steps <= fit.step - saved_step
             if file is not None and (by_steps or is_over or minutes >= options.checkpoint_minutes):
                 fit.keep(file)
                 saved_at, saved_step = time.monotonic(), fit.step
+            if progress and peers.rank == 0 and (fit.step % _REPORT_EVERY == 0 or is_over):
+                progress(fit.step, fit.steps_in_all(), losses.figures())
     fit.finish()
     codec.to("cpu").freeze()
     parameters = sum(p.numel() for p in codec.network.parameters())
@@ -185,11 +187,10 @@ class _Fit:
         )
 
     def keep(self, file: Path) -> None:
-        """Write the state; the other workers wait, so that none is ahead of what is kept."""
+        """Write the state, if this is the first worker: all have the same."""
         if self.peers.rank == 0:
             facts = {"step": str(self.step), "done": repr(self.done), "minutes": repr(self._minutes_so_far())}
             write_state(file, self._tensors(), facts)
-        self.peers.wait()
 
     def resume(self, file: Path | None) -> None:
         """Go on from the first worker's file, if there is one; else all begin with the first worker's weights."""
@@ -298,10 +299,10 @@ class _Draw:
     size: int | None  # of the images; None: as they come
 
     @classmethod
-    def of(cls, options: FitOptions, count: int, step: int) -> _Draw:
+    def of(cls, options: FitOptions, count: int, step: int, sizes: Sequence[int]) -> _Draw:
         rng = generator(options.seed, "fit-batch", step)
         rows, chance = rng.integers(count, size=options.batch_size), rng.random(options.batch_size)
-        size = int(rng.choice(options.sizes)) if options.sizes else None
+        size = int(rng.choice(sizes)) if len(sizes) > 1 else None
         return cls(rows, chance < 0.5, size)
 
 
@@ -309,10 +310,10 @@ def _batches(
     codec: VQVAE, labels: Sequence[Label], options: FitOptions, peers: Peers, first: int
 ) -> Generator[Tensor, None, None]:
     """The batches of step ``first`` and all after it; another thread reads one ahead, as labels may come from storage."""
-    shape = codec.space.label_shape(max(options.sizes, default=codec.image_size), codec.label_grid)
+    shape = codec.space.label_shape(max(codec.image_sizes), codec.label_grid)
 
     def read(step: int) -> Tensor:
-        drawn = _Draw.of(options, len(labels), step)
+        drawn = _Draw.of(options, len(labels), step, codec.image_sizes)
         mine = slice(peers.rank, None, peers.world)
         chosen = codec.space.check([labels[row] for row in drawn.rows[mine].tolist()], shape)
         batch = codec.space.to_network(chosen).to(options.device)

@@ -43,6 +43,10 @@ class Quantizer(nn.Module, ABC):
         also updates itself; ``generator`` (on the CPU) draws whatever it has to draw.
         """
 
+    def ids(self, latents: Tensor) -> Tensor:
+        """The ids (B, h, w) of `quantize`, without what only a decoder or a fit needs."""
+        return self.quantize(latents)[1]
+
     @abstractmethod
     def relax(self, latents: Tensor) -> Tensor:
         """The point (B, D, h, w) that `quantize` would round: a decoder can learn from it before there are codes."""
@@ -131,6 +135,10 @@ class CosineCodebook(Quantizer):
         straight = flat + (chosen - flat).detach()
         quantized = straight.reshape(batch, height, width, dim).permute(0, 3, 1, 2)
         return quantized, ids.reshape(batch, height, width), loss
+
+    def ids(self, latents: Tensor) -> Tensor:
+        flat = self.relax(latents).flatten(2).transpose(1, 2).flatten(0, 1)
+        return nearest_codes(flat, self.codes).view(len(latents), *latents.shape[2:])
 
     def relax(self, latents: Tensor) -> Tensor:
         return F.normalize(latents.float(), dim=1)

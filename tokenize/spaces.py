@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fourmill.errors import ConfigError, ContractError
 from fourmill.modality import LabelContract, Modality
+from fourmill.tokenize.robust import middle, standardise_robustly
 from fourmill.tokenize.ssim import ssim
 
 _IMAGE_AXES = (0, 3, 1, 2)
@@ -126,9 +127,10 @@ class Bounded(Space):
         return (image_size, image_size, *axis)
 
     def to_network(self, labels: np.ndarray) -> Tensor:
-        values = labels if labels.ndim == 4 else labels[..., None]
-        scaled = torch.from_numpy(np.ascontiguousarray(values.transpose(_IMAGE_AXES), dtype=np.float32))
-        return (scaled - self.low) * (2 / (self.high - self.low)) - 1
+        values = torch.from_numpy(labels if labels.ndim == 4 else labels[..., None]).permute(_IMAGE_AXES)
+        scaled = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        shifted = scaled.sub_(self.low) if self.low else scaled
+        return shifted.mul_(2 / (self.high - self.low)).sub_(1)
 
     def to_labels(self, output: Tensor) -> list[np.ndarray]:
         if self.contract.unit_norm:
@@ -204,7 +206,7 @@ class Depth(Space):
         truth, made = np.stack(labels).astype(np.float64), np.stack(decoded).astype(np.float64)
         figures = {}
         if self.normalisation == "robust":
-            mean, deviation = _middle(truth)
+            mean, deviation = middle(truth)
             figures["mean_absolute_error"] = float(np.abs((truth - mean) / deviation - made).mean())
             made = made * deviation + mean  # each map on its own label's scale
         positive = truth > 1e-6
@@ -359,20 +361,6 @@ class Vector(Features):
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return float(((a * b).sum(-1) / np.maximum(norms, 1e-12)).mean())
-
-
-def standardise_robustly(depth: np.ndarray) -> np.ndarray:
-    """(B, H, W) by the mean and deviation of each map's middle 80 % (4M: the rest is cut off on both sides)."""
-    mean, deviation = _middle(depth)
-    return ((depth - mean) / deviation).astype(np.float32)
-
-
-def _middle(depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation (B, 1, 1) of the middle 80 % of each map's values."""
-    ordered = np.sort(depth.reshape(len(depth), -1).astype(np.float64), axis=1)
-    cut = int(0.1 * ordered.shape[1])
-    middle = ordered[:, cut : ordered.shape[1] - cut]
-    return middle.mean(1)[:, None, None], np.sqrt(middle.var(1) + 1e-6)[:, None, None]
 
 
 def space_name(contract: LabelContract) -> str:

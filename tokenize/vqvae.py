@@ -130,7 +130,7 @@ class VQVAE(Codec):
         if not len(labels):
             return []
         self.network.eval()
-        _, ids, _ = self.network.quantizer.quantize(self.network.encode(self.to_network(labels)))
+        ids = self.network.quantizer.ids(self.network.encode(self.to_network(labels)))
         return list(ids.flatten(1).cpu().numpy().astype(np.uint16))
 
     @torch.inference_mode()

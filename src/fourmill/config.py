@@ -77,7 +77,25 @@ class FitConfig(_Section):
     minutes: float = Field(default=0.0, ge=0)  # 0: until `steps`
     steps: int = Field(default=20_000, ge=1)
     preset: str = "4m"
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1)  # of all workers together
+    ema: float = Field(
+        default=0.0, ge=0, lt=1
+    )  # decay of the running mean of the weights that is kept; 0: none
+    sizes: list[int] = []  # image sizes that a tokenizer is fitted for, beside the dataset's own
+    # What follows changes no tokenizer beyond its last bits.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU
+    workers: int = Field(default=1, ge=1)  # Ray Train: each with a GPU of its own, or a core
+    checkpoint_minutes: float = Field(default=5.0, ge=0)  # between states that a killed fit goes on from
+
+    def identity(self) -> dict[str, Any]:
+        """What a fitted tokenizer is found again by."""
+        same = {"precision", "workers", "checkpoint_minutes"}
+        later = {name for name in ("ema", "sizes") if not getattr(self, name)}  # as if there were no such key
+        return self.model_dump(exclude=same | later)
+
+    def options(self) -> dict[str, Any]:
+        """Those of `fourmill.tokenize.fit`."""
+        return self.model_dump(exclude={"workers"})
 
 
 class EngineConfig(_Section):

@@ -10,7 +10,7 @@ from fourmill.labels import Label
 from fourmill.modality import CAPTION, RGB, RGB_PIXELS, LabelContract, Modality
 from fourmill.tokenize.base import codec_hash, codecs, load_codec
 from fourmill.tokenize.fit import default_config, fit_codec, fit_needed
-from fourmill.tokenize.spaces import standardise_robustly
+from fourmill.tokenize.robust import standardise_robustly
 
 SIZE = 32
 DEPTH = Modality(

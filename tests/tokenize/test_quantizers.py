@@ -46,6 +46,12 @@ def test_lookup_returns_what_quantize_chose() -> None:
     assert torch.allclose(codebook.codes.norm(dim=1), torch.ones(32), atol=1e-5)
 
 
+@pytest.mark.parametrize("quantizer", [started().eval(), FiniteScalar((8, 5, 5, 5))])
+def test_ids_alone_are_those_of_quantize(quantizer: CosineCodebook | FiniteScalar) -> None:
+    latents = torch.randn(3, 4, 5, 7, generator=rng(2))
+    assert torch.equal(quantizer.ids(latents), quantizer.quantize(latents)[1])
+
+
 def test_scale_of_the_latents_does_not_matter() -> None:
     codebook = started().eval()
     latents = torch.randn(2, 4, 3, 3, generator=rng(2))
