@@ -11,11 +11,13 @@ from typing import Any
 from fourmill.errors import SourceError
 from fourmill.flows.engine import device_of
 from fourmill.flows.fit_labels import fit_labels, scratch_folder
+from fourmill.flows.fit_pictures import PICTURE, reconstructions
 from fourmill.flows.fit_workers import FitJob, fit_on_workers
 from fourmill.flows.resolve import ORIGIN, Resolved, Wanted, fit_origin
 from fourmill.shards.dataset import SAMPLES, Dataset
-from fourmill.tokenize.base import codecs
+from fourmill.tokenize.base import codecs, load_codec
 from fourmill.tokenize.fit import fit_codec
+from fourmill.tokenize.vqvae import VQVAE
 
 OnFit = Callable[[str, int, int, dict[str, Any]], None]  # (modality, step, steps, figures)
 
@@ -79,22 +81,25 @@ def _fit(
     def progress(done: int, total: int, figures: dict[str, Any]) -> None:
         on_fit(name, done, total, figures)
 
+    out = scratch / name
     if needs_labels(wanted) and config.fit.workers > 1:
-        return fit_on_workers(
-            FitJob(resolved, name, tuple(shards), options, scratch), scratch / name, progress
+        fit_on_workers(FitJob(resolved, name, tuple(shards), options, scratch), out, progress)
+    else:
+        device = {"device": device_of(config)} if needs_labels(wanted) else {}
+        fit_codec(
+            wanted.modality,
+            train,
+            held_out,
+            image_size=config.image_size,
+            options={**device, **options},
+            out=out,
+            progress=progress,
+            scratch=scratch,
         )
-    if needs_labels(wanted):
-        options = {"device": device_of(config), **options}
-    return fit_codec(
-        wanted.modality,
-        train,
-        held_out,
-        image_size=config.image_size,
-        options=options,
-        out=scratch / name,
-        progress=progress,
-        scratch=scratch,
-    )
+    codec = load_codec(out, wanted.modality, config.image_size)
+    if isinstance(codec, VQVAE) and (picture := reconstructions(codec, held_out)) is not None:
+        (out / PICTURE).write_bytes(picture)
+    return out
 
 
 def _vocabulary_options(

@@ -1,5 +1,6 @@
 """`fourmill fit-tokenizers`: which it fits, what it says of them, how it goes on, and by how many workers."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from small_builds import ORACLES, call_main, data_files, small_config, small_content, without_ray
 
-from fourmill.flows import fit_labels
+from fourmill.flows import fit_labels, fit_pictures
 from fourmill.flows.build import BuildOptions, build
 from fourmill.flows.fitting import fit_tokenizers
 from fourmill.flows.resolve import fit_origin, resolve
+from fourmill.modality import LabelContract, Modality
 from fourmill.shards.dataset import Dataset
 from fourmill.tokenize.base import load_codec
+from fourmill.tokenize.fit import default_config
+from fourmill.tokenize.vqvae import VQVAE
 
 DENSE = {name: ORACLES[name] for name in ("depth", "normal")}
 
@@ -35,6 +40,7 @@ def test_only_what_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not list((tmp_path / "data" / "fits").iterdir()), "labels and state of the fit are gone"
     card = yaml.safe_load((next((tmp_path / "data/tokenizers/depth").iterdir()) / "card.yaml").read_text())
     figures = card["held_out"]
+    assert (next((tmp_path / "data/tokenizers/depth").iterdir()) / "reconstructions.png").is_file()
     for text in ("depth 512", f"{figures['perplexity']:.1f}", f"{figures['codebook_use']:.1%}"):
         assert text in said, said
     assert f"delta1 {figures['delta1']:.4g}" in said.replace(" , ", ", ") and "abs_rel" in said
@@ -127,6 +133,21 @@ def test_labels_in_a_file_are_the_labels(tmp_path: Path) -> None:
         file[3]
     assert fit_labels._label_file(tmp_path / "none", iter(()), "depth") is None
     assert json.loads((tmp_path / "labels.json").read_text())["count"] == 3
+
+
+def test_labels_stand_above_their_reconstructions() -> None:
+    """Also relative depth, which is decoded on another scale than that of its labels."""
+    contract = LabelContract(form="map", dtype="float32", units="disparity")
+    modality = Modality(name="depth", kind="grid", codec="vqvae", contract=contract)
+    codec = VQVAE(modality, 64, default_config(modality, "demo", 64))
+    rows = np.mgrid[0:64, 0:64][0]
+    labels = [(5 + rows * (i + 1) / 20).astype(np.float32) for i in range(3)]
+    codec.decode = lambda values: codec.space.to_labels(codec.space.to_network(np.stack(labels)))  # type: ignore[method-assign]
+    sheet = np.asarray(Image.open(io.BytesIO(fit_pictures.reconstructions(codec, labels) or b"")))
+    assert sheet.shape == (260, 3 * 132 - 4, 3)
+    assert np.abs(sheet[:128].astype(int) - sheet[132:]).max() < 8, "a perfect decoder: both rows are alike"
+    assert len(np.unique(sheet[:128].reshape(-1, 3), axis=0)) > 20
+    assert fit_pictures.reconstructions(codec, []) is None
 
 
 @pytest.mark.ray
