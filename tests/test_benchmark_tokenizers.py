@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 def test_memory_of_a_quantizer() -> None:
     """One step at 16,384 codes: far less than a matrix of vectors by codes, which would have 392 MiB."""
-    command = [sys.executable, FOLDER / "tokenizers.py", "--quick", "--only", "b,c"]
+    command = [sys.executable, str(FOLDER / "tokenizers.py"), "--quick", "--only", "b,c"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
