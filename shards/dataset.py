@@ -222,10 +222,12 @@ class Dataset:
 
     # -- parked shards --------------------------------------------------------------------------------
 
-    def park(self, column: str, short: str, shard: int, attempt: str, error: str) -> None:
+    def park(self, column: str, short: str, shard: int, attempt: str, error: str) -> str:
+        """Note why a shard is set aside; the note's name."""
         note = canonical({"error": error, "attempt": attempt})
         name = f"parked/{column}/{short}/shard-{shard:06d}.{sha256(note)[:SHORT]}.json"
         self.store.put_if_absent(name, note.encode())
+        return name
 
     def parked(self, column: str, short: str) -> dict[int, str]:
         """Parked shards that have no receipt since, with the name of the newest parking file."""

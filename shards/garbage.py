@@ -1,7 +1,7 @@
 """What crashes and replaced work leave behind, and how it is removed.
 
 Garbage is a data file, a tokenizer or a temporary file that no receipt (of any recipe and epoch) and no registered snapshot
-names, and a parking note of a shard that has a receipt since; all only if older than a limit by the store's own clock. A
+names, what an unfinished fit of a tokenizer left, and a parking note of a shard that has a receipt since; all only if older than a limit by the store's own clock. A
 running build writes data before it writes receipts, so the limit is long; and a build that finds its data left by a dead
 attempt makes them young again before it commits. Receipts and snapshots are listed after the candidates, and once more before
 each lot that is removed. Nothing else in the folder is ever touched.
@@ -29,6 +29,9 @@ _HEX = rf"[0-9a-f]{{{SHORT}}}"
 _DATA = re.compile(rf"(?P<what>samples|(?:tokens|labels)/{_NAME})/shard-\d{{6,}}\.{_HEX}\.(?:arrow|tar)")
 _TOKENIZER = re.compile(rf"(?P<what>tokenizers/{_NAME})/(?P<short>{_HEX})/[^/]+")
 _PARKED = re.compile(rf"parked/(?P<column>{_NAME})/(?P<short>{_HEX})/shard-(?P<shard>\d{{6,}})\.[^/]+\.json")
+_FIT = re.compile(
+    rf"(?P<what>fits/{_NAME})-[0-9a-f]+/.+"
+)  # the state and labels of a fit that nobody went on with
 _TEMPORARY = re.compile(r"(?:[^/]+/)*\.(?:.+\.[0-9a-f]{12}\.tmp|(?:probe|clock)-[0-9a-f]{16})")
 
 
@@ -93,7 +96,7 @@ def _candidate(name: str, entry: Entry) -> Garbage | None:
     """A file of a kind that can be garbage; None for all others."""
     if _TEMPORARY.fullmatch(name):
         return Garbage(name, TEMPORARY, entry)
-    if match := _DATA.fullmatch(name):
+    if match := _DATA.fullmatch(name) or _FIT.fullmatch(name):
         return Garbage(name, match["what"], entry)
     if match := _TOKENIZER.fullmatch(name):
         modality = match["what"].removeprefix("tokenizers/")

@@ -69,12 +69,13 @@ def test_orphans_go_and_nothing_else(dataset: Dataset, next_week: None) -> None:
         put_shard(dataset, 2, b"no receipt", commit=False),
         dataset.put_data("samples", 0, b"x", "arrow"),
         dataset.put_data("labels/depth", 0, b"x", "tar"),
-        f"parked/depth/{DEPTH.short}/shard-000000.abcd.json",
+        "fits/depth-0123456789abcdef/state.safetensors",
+        "fits/depth-0123456789abcdef/labels/00.npy",
         ".probe-0123456789abcdef",
         "tokens/depth/.shard-000000.0123456789ab.arrow.0123456789ab.tmp",
         "receipts/depth/.recipe.json.0123456789ab.tmp",
     }
-    dataset.park("depth", DEPTH.short, 0, "abcd", "an error, with a receipt since")
+    orphans.add(dataset.park("depth", DEPTH.short, 0, "abcd", "an error, with a receipt since"))
     for name in sorted(orphans):
         dataset.store.put_if_absent(name, b"x")
     dataset.park("depth", DEPTH.short, 9, "abcd", "still parked")

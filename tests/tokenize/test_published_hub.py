@@ -109,7 +109,7 @@ def test_pickles_of_a_local_copy_stay_behind(tmp_path: Path) -> None:
     dataset = Dataset(str(tmp_path / "ds"))
     (short,) = dataset.tokenizers("depth")
     kept = dataset.store.names(f"tokenizers/depth/{short}")
-    assert sorted(kept) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(kept) == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
 
 
 def text_of(parts: Parts) -> str:
