@@ -1,4 +1,4 @@
-"""What tokenizers cost: `python benchmarks/tokenizers.py [--reference DIR] [--quick] [--only a,b,c]`. One thread.
+"""What tokenizers cost: `python benchmarks/tokenizing.py [--reference DIR] [--quick] [--only a,b,c]`. One thread.
 
 (a) `encode` of a fitted codec against the bare forward pass of its encoder on a ready tensor: at ViT-B size (224 px, 8,192 codes,
     random weights) and at the size of the demo's. `encode` also checks, stacks and scales the labels, searches the nearest
@@ -15,7 +15,6 @@ Sides take turns in alternating order; a ratio is the median of the pairs' ratio
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -29,13 +28,6 @@ from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A library has this file's name, and who runs a script of this folder looks here first.
-_path = list(sys.path)
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-if __name__ == "tokenizers":
-    del sys.modules["tokenizers"]
-    sys.modules["tokenizers"] = importlib.import_module("tokenizers")
-    sys.path[:] = _path
 
 import numpy as np
 import torch
