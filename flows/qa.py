@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -111,22 +111,45 @@ def _column(receipts: Mapping[int, Receipt], tallies: Mapping[int, Tally]) -> Co
     return ColumnQuality(len(receipts), measured, total.rows, figures, warnings_of(receipts.values()), mixed)
 
 
+@dataclass(frozen=True, slots=True)
+class _Usual:
+    """What a figure usually is: of the median shard. ``scatter``: between shards, as a standard deviation."""
+
+    mean: float
+    variance: float  # between images
+    scatter: float
+    images: float
+
+    @classmethod
+    def of(cls, name: str, tallies: Iterable[Tally]) -> _Usual | None:
+        with_it = [tally for tally in tallies if tally.sums.get(name, (0,))[0]]
+        if not with_it:
+            return None
+        means = [float(tally.mean(name) or 0.0) for tally in with_it]
+        mean = median(means)
+        scatter = 1.4826 * median(
+            abs(one - mean) for one in means
+        )  # of normal deviates: their standard deviation
+        variance = median(tally.variance(name) for tally in with_it)
+        return cls(mean, variance, scatter, sum(tally.sums[name][0] for tally in with_it))
+
+
 def _odd_ones(column: str, receipts: Mapping[int, Receipt], tallies: Mapping[int, Tally]) -> Iterator[Odd]:
-    shards = [shard for shard in tallies if receipts[shard].figures]
-    if len(shards) < FEWEST:
+    measured = {shard: tally for shard, tally in tallies.items() if receipts[shard].figures}
+    if len(measured) < FEWEST:
         return
-    first = _first(receipts, shards)
-    names = sorted({name for shard in shards for name in tallies[shard].sums})
-    for shard in shards:
-        note = _environment_note(receipts, shard)
-        for name in names:
-            for against, others in ((OTHERS, shards), (FIRST, first)):
-                others = [other for other in others if other != shard]
-                found = _compare(name, tallies[shard], [tallies[other] for other in others])
-                if found is not None and (against == OTHERS or shard not in first):
-                    yield Odd(column, shard, name, *found, against, note)
+    note = _environment_notes(receipts)
+    first = frozenset(_first(receipts, list(measured)))
+    for name in sorted({name for tally in measured.values() for name in tally.sums}):
+        usual = _Usual.of(name, measured.values())
+        at_first = _Usual.of(name, (measured[shard] for shard in first))
+        for shard, tally in measured.items():
+            for against, reference in ((OTHERS, usual), (FIRST, None if shard in first else at_first)):
+                found = None if reference is None else _compare(name, tally, reference)
+                if found is not None:
+                    yield Odd(column, shard, name, *found, against, note(shard))
                     break
-    yield from _odd_distributions(column, receipts, {shard: tallies[shard] for shard in shards})
+    yield from _odd_distributions(column, measured, note)
 
 
 def _first(receipts: Mapping[int, Receipt], shards: Sequence[int]) -> list[int]:
@@ -135,28 +158,21 @@ def _first(receipts: Mapping[int, Receipt], shards: Sequence[int]) -> list[int]:
     return sorted(shards, key=lambda shard: (receipts[shard].timings.get("committed", 0.0), shard))[:count]
 
 
-def _compare(name: str, one: Tally, others: Sequence[Tally]) -> tuple[float, float, float] | None:
+def _compare(name: str, one: Tally, usual: _Usual) -> tuple[float, float, float] | None:
     """(value, usual, size) of a figure that is certainly and largely another one than usual."""
-    with_it = [tally for tally in others if tally.sums.get(name, (0,))[0]]
     value = one.mean(name)
-    if value is None or not with_it:
+    if value is None:
         return None
-    means = [float(tally.mean(name) or 0.0) for tally in with_it]
-    usual, variance = median(means), median(tally.variance(name) for tally in with_it)
-    scatter = 1.4826 * median(
-        abs(mean - usual) for mean in means
-    )  # of normal deviates: their standard deviation
-    images = sum(tally.sums[name][0] for tally in with_it)
-    error = math.sqrt(variance * (1 / one.sums[name][0] + 1 / images) + scatter**2)
-    deviation = max(math.sqrt(variance), 0.02 * abs(usual), 2 * _SHARES.get(name, 0.0), 1e-9)
-    far = abs(value - usual)
+    error = math.sqrt(usual.variance * (1 / one.sums[name][0] + 1 / usual.images) + usual.scatter**2)
+    deviation = max(math.sqrt(usual.variance), 0.02 * abs(usual.mean), 2 * _SHARES.get(name, 0.0), 1e-9)
+    far = abs(value - usual.mean)
     if far < CERTAIN * error or far < LARGE * deviation:
         return None
-    return value, usual, far / deviation
+    return value, usual.mean, far / deviation
 
 
 def _odd_distributions(
-    column: str, receipts: Mapping[int, Receipt], tallies: Mapping[int, Tally]
+    column: str, tallies: Mapping[int, Tally], note: Callable[[int], str]
 ) -> Iterator[Odd]:
     """Half the sum of absolute differences between a shard's distribution and that of all others together."""
     total = Tally()
@@ -169,9 +185,7 @@ def _odd_distributions(
     scatter = 1.4826 * median(abs(value - usual) for value in moved.values())
     for shard, value in moved.items():
         if value - usual > max(MOVED, CERTAIN * scatter):
-            yield Odd(
-                column, shard, "distribution", value, usual, value, OTHERS, _environment_note(receipts, shard)
-            )
+            yield Odd(column, shard, "distribution", value, usual, value, OTHERS, note(shard))
 
 
 def _moved(one: Tally, total: Tally) -> float:
@@ -182,11 +196,17 @@ def _moved(one: Tally, total: Tally) -> float:
     return 0.5 * sum(abs(mine.get(name, 0.0) - theirs.get(name, 0.0)) for name in {*mine, *theirs})
 
 
-def _environment_note(receipts: Mapping[int, Receipt], shard: int) -> str:
-    """Where it was made otherwise than most: the first thing to look at."""
-    mine = receipts[shard].environment
-    for key in sorted(mine):
-        usual, count = Counter(str(r.environment.get(key)) for r in receipts.values()).most_common(1)[0]
-        if str(mine[key]) != usual and count > len(receipts) / 2:
-            return f"{key} {mine[key]}, mostly {usual}"
-    return ""
+def _environment_notes(receipts: Mapping[int, Receipt]) -> Callable[[int], str]:
+    """Of a shard: where it was made otherwise than most, which is the first thing to look at."""
+    usual = {}
+    for key in sorted({key for receipt in receipts.values() for key in receipt.environment}):
+        value, count = Counter(str(r.environment.get(key)) for r in receipts.values()).most_common(1)[0]
+        if count > len(receipts) / 2:
+            usual[key] = value
+
+    def note(shard: int) -> str:
+        mine = receipts[shard].environment
+        others = (key for key in usual if key in mine and str(mine[key]) != usual[key])
+        return next((f"{key} {mine[key]}, mostly {usual[key]}" for key in others), "")
+
+    return note
