@@ -76,6 +76,7 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
             lease = stack.enter_context(single_writer_lease(Store(config.dataset)))
         dataset = Dataset.create(config.dataset, resolved.identity)
         _add_given_tokenizers(resolved, dataset)
+        _restore_recipes(resolved, dataset)
         total = EngineReport()
         work = _Work(dataset, stage, total, lease)
         if options.only_labels is None and resolved.unfitted():
@@ -270,6 +271,15 @@ def _check_readable(dataset: Dataset) -> None:
         raise SourceError(
             f"the source {dataset.identity['source']} has no readable image ({', '.join(reasons)})"
         )
+
+
+def _restore_recipes(resolved: Resolved, dataset: Dataset) -> None:
+    """Of everything that is asked for."""
+    dataset.restore_recipe(SAMPLES, resolved.samples_recipe)
+    for name, wanted in resolved.wanted.items():
+        for recipe in (wanted.label_recipe, wanted.token_recipe()):
+            if recipe is not None:
+                dataset.restore_recipe(name, recipe)
 
 
 def _add_given_tokenizers(resolved: Resolved, dataset: Dataset) -> None:

@@ -16,7 +16,6 @@ from fourmill.flows.exporting import config_of
 from fourmill.flows.status import human_bytes
 from fourmill.flows.training import make_snapshot
 from fourmill.shards.dataset import Dataset
-from fourmill.shards.export_parquet import snapshot_licenses
 from fourmill.shards.snapshot import Snapshot
 from fourmill.shards.tombstones import Tombstone, drop_keys
 
@@ -38,7 +37,7 @@ def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
         "chosen": snapshot.chosen,
         "where": snapshot.where,
         "modalities": sorted(snapshot.modalities),
-        "licenses": _licenses(snapshot),
+        "licenses": snapshot.licenses(),
     }
 
 
@@ -62,13 +61,9 @@ def snapshots_report(url: str, snapshots: Sequence[Snapshot]) -> Group:
     for one in snapshots:
         table.add_row(
             one.digest[:12], str(len(one.shards)), str(one.rows), str(one.chosen), ", ".join(sorted(one.modalities)),
-            " and ".join(one.where), ", ".join(_licenses(one)),
+            " and ".join(one.where), ", ".join(one.licenses()),
         )  # fmt: skip
     return Group(Text(url, style="bold"), table if snapshots else Text("no snapshot is registered"))
-
-
-def _licenses(snapshot: Snapshot) -> list[str]:
-    return snapshot_licenses(snapshot, list(snapshot.modalities))
 
 
 # -- take-downs ---------------------------------------------------------------------------------------

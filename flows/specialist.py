@@ -253,6 +253,7 @@ class Specialist:
         for start in range(0, len(batch.frames), size):
             part = _part(whole, start, size)
             with self._turn(result):
+                labeler.take_notes()  # what a call left that raised is of other rows
                 labels = labeler.label(part)
                 noted = labeler.take_notes()
             count = min(size, len(batch.frames) - start) * n_crops

@@ -139,6 +139,12 @@ class Dataset:
             raise DatasetError(f"{self.url}/{name} does not hash to the name of its folder; it is damaged")
         return content
 
+    def restore_recipe(self, column: str, recipe: Recipe) -> None:
+        """Write a recipe again whose receipts are there and whose text is not: it was damaged, and set aside."""
+        folder = f"receipts/{column}/{recipe.short}"
+        if not self.store.exists(f"{folder}/recipe.json") and self.store.names(folder):
+            self.store.put_if_absent(f"{folder}/recipe.json", recipe.text.encode())
+
     def listing(self, column: str) -> ColumnListing:
         """The column's receipts under every recipe: one listing on object stores, no file's content or time locally."""
         top = f"receipts/{column}"

@@ -69,7 +69,7 @@ def export_webdataset(
     makers = {name: _maker(snapshot, name, decode or {}) for name in names}
     out = Store(out_url)
     facts = _facts(snapshot, names, split)
-    _claim(out, facts)
+    claim(out, facts)
     report = ExportReport()
     for shard in range(len(snapshot.shards)):
         samples = snapshot.dataset.table(snapshot.shards[shard].files["samples"])
@@ -124,7 +124,7 @@ def _facts(snapshot: Snapshot, names: Sequence[str], split: str) -> dict[str, An
     }
 
 
-def _claim(out: Store, facts: Mapping[str, Any]) -> None:
+def claim(out: Store, facts: Mapping[str, Any]) -> None:
     """Only an empty folder, or one in which this very export was begun."""
     if out.names(""):
         raw = out.read_if_exists(MARKER)

@@ -24,12 +24,11 @@ from jinja2 import Template
 from fourmill.errors import ConfigError, WorkMissing
 from fourmill.modality import Modality
 from fourmill.shards.dataset import SAMPLES
-from fourmill.shards.export import ExportReport, chosen_modalities
+from fourmill.shards.export import MARKER, ExportReport, chosen_modalities, claim
 from fourmill.shards.snapshot import Snapshot
 from fourmill.storage import Store
 
 CARD = "README.md"
-MARKER = "export.json"
 #: split of the dataset -> name that the hub's tools know
 SPLITS: Mapping[str, str] = {"train": "train", "val": "validation"}
 LICENSE_IDS = {
@@ -54,7 +53,7 @@ def export_parquet(
         raise ConfigError(f"--split {split}: train, val or all")
     out = Store(out_url)
     facts = {"format": 1, "kind": "parquet", "snapshot": snapshot.digest, "split": split, "modalities": names}
-    _claim(out, facts)
+    claim(out, {**facts, "complete": False})
     report = ExportReport()
     rows = {name: 0 for name in splits}
     for name in splits:
@@ -79,22 +78,6 @@ def export_parquet(
     out.put(CARD, card(snapshot, names, rows).encode())
     out.put(MARKER, json.dumps({**facts, "complete": True, "rows": rows}, indent=1, sort_keys=True).encode())
     return report
-
-
-def _claim(out: Store, facts: dict[str, Any]) -> None:
-    """A folder that holds an export of something else, or anything else, is left alone."""
-    raw = out.read_if_exists(MARKER)
-    if raw is None:
-        if out.names(""):
-            raise ConfigError(f"{out.url} is not empty and holds no export; choose another folder")
-        out.put(MARKER, json.dumps({**facts, "complete": False}, indent=1, sort_keys=True).encode())
-        return
-    there = json.loads(raw)
-    for key, value in facts.items():
-        if there.get(key) != value:
-            raise ConfigError(
-                f"{out.url} holds an export with {key} {there.get(key)!r}, not {value!r}; choose another folder"
-            )
 
 
 def _table(snapshot: Snapshot, shard: int, rows: np.ndarray, names: Sequence[str]) -> pa.Table:
@@ -177,7 +160,7 @@ width and flip of each crop in pixels of the original.
 
 def card(snapshot: Snapshot, names: Sequence[str], rows: Mapping[str, int]) -> str:
     """A dataset card as the hub reads it: YAML between dashes, then text. ``rows``: by split of the dataset."""
-    known = {LICENSE_IDS.get(license, "other") for license in snapshot_licenses(snapshot, names)}
+    known = {LICENSE_IDS.get(license, "other") for license in snapshot.licenses(names)}
     return _CARD.render(
         license=known.pop() if len(known) == 1 else "other",
         splits=[SPLITS[split] for split, count in rows.items() if count],
@@ -195,15 +178,9 @@ def _facts(snapshot: Snapshot, name: str) -> list[Any]:
     ways = snapshot.content["modalities"][name].get("provenance", [])
     made_by = "; ".join(str(way.get("model") or way.get("labeler") or "") for way in ways) or "the source"
     sizes = [modality.vocab_size or "", modality.num_tokens or "", snapshot.tokenizer(name) or ""]
-    licenses = ", ".join(snapshot_licenses(snapshot, [name]))
+    licenses = ", ".join(snapshot.licenses([name]))
     return [f"`{name}`", modality.doc, modality.kind, *sizes, made_by, licenses]
 
 
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def snapshot_licenses(snapshot: Snapshot, names: Sequence[str]) -> list[str]:
-    """Of all weights that the values of these modalities were made with."""
-    ways = [way for name in names for way in snapshot.content["modalities"][name].get("provenance", [])]
-    return sorted({str(way[key]) for way in ways for key in ("license", "tokenizer_license") if way.get(key)})

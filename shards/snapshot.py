@@ -74,6 +74,18 @@ class Snapshot:
         short = self.content["modalities"][modality].get("tokenizer")
         return str(short) if short else None
 
+    def licenses(self, names: Iterable[str] | None = None) -> list[str]:
+        """Of all weights that the values of these modalities (None: of all) were made with."""
+        entries = self.content["modalities"]
+        ways = [
+            way
+            for name in (entries if names is None else names)
+            for way in entries[name].get("provenance", [])
+        ]
+        return sorted(
+            {str(way[key]) for way in ways for key in ("license", "tokenizer_license") if way.get(key)}
+        )
+
     def column(self, shard: int, modality: str) -> Column:
         """``shard`` counts in this snapshot's list of shards."""
         ref = self.shards[shard]

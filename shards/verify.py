@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
 from fourmill.errors import DatasetError
 from fourmill.shards.arrow import Column, open_column, read_table
@@ -62,14 +61,15 @@ class Verification:
 def verify(dataset: Dataset, on_checked: OnChecked = lambda done, total: None) -> Verification:
     """Read every file once. Whatever a build that is running at the same time has not committed is not looked at."""
     result = Verification()
-    committed, problems = _receipts(dataset)
+    committed, recipes, problems = _receipts(dataset)
     result.problems += problems
     result.problems += _tokenizers(dataset)
     samples = {c.receipt.shard: c.receipt for c in committed if c.receipt.column == SAMPLES}
     total = sum(one.receipt.bytes for one in committed)
 
     def check(one: Committed) -> tuple[Committed, Problem | None]:
-        return one, _data_file(dataset, one, samples.get(one.receipt.shard))
+        recipe = recipes.get((one.receipt.column, one.short))
+        return one, _data_file(dataset, one, samples.get(one.receipt.shard), recipe)
 
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         for one, problem in pool.map(check, committed):
@@ -85,16 +85,25 @@ def verify(dataset: Dataset, on_checked: OnChecked = lambda done, total: None) -
 # -- receipts -----------------------------------------------------------------------------------------
 
 
-def _receipts(dataset: Dataset) -> tuple[list[Committed], list[Problem]]:
-    """Every receipt of every column, recipe and epoch; read from storage, not from any cache."""
+#: (column, short hash) -> content
+Recipes = dict[tuple[str, str], dict[str, Any]]
+
+
+def _receipts(dataset: Dataset) -> tuple[list[Committed], Recipes, list[Problem]]:
+    """Every receipt of every column, recipe and epoch, from storage and not from any cache; and the recipes that are whole."""
     found: list[Committed] = []
+    recipes: Recipes = {}
     problems: list[Problem] = []
     for column in dataset.columns():
         for short in dataset.store.names(f"receipts/{column}"):
             folder = f"receipts/{column}/{short}"
             names = [name for name in dataset.store.names(folder) if shard_and_epoch(name)]
             if names:
-                problems += _recipe(dataset, column, short, [f"{folder}/{name}" for name in names])
+                recipe = _recipe(dataset, column, short)
+                if isinstance(recipe, Problem):
+                    problems.append(recipe)
+                else:
+                    recipes[column, short] = recipe
             for name, receipt in zip(names, _read_all(dataset, folder, names), strict=True):
                 path = f"{folder}/{name}"
                 if isinstance(receipt, Receipt):
@@ -102,7 +111,7 @@ def _receipts(dataset: Dataset) -> tuple[list[Committed], list[Problem]]:
                 else:
                     shard = shard_and_epoch(name)
                     problems.append(Problem(path, receipt, column, shard[0] if shard else None, (path,)))
-    return found, problems
+    return found, recipes, problems
 
 
 def _read_all(dataset: Dataset, folder: str, names: Sequence[str]) -> list[Receipt | str]:
@@ -123,21 +132,31 @@ def _read(dataset: Dataset, folder: str, name: str) -> Receipt | str:
     return receipt
 
 
-def _recipe(dataset: Dataset, column: str, short: str, receipts: Sequence[str]) -> Iterator[Problem]:
+def _recipe(dataset: Dataset, column: str, short: str) -> dict[str, Any] | Problem:
     name = f"receipts/{column}/{short}/recipe.json"
     raw = dataset.store.read_if_exists(name)
-    if raw is None or sha256(raw)[: len(short)] != short:
-        what = "is missing" if raw is None else "is damaged: it does not hash to the name of its folder"
-        yield Problem(name, what, column, None, (name,), "the next build writes it again")
+    if raw is not None and sha256(raw)[: len(short)] == short:
+        return dict(json.loads(raw))
+    what = "is missing" if raw is None else "is damaged: it does not hash to the name of its folder"
+    return Problem(
+        name,
+        what,
+        column,
+        None,
+        (name,),
+        "the next build whose configuration asks for this recipe writes it again",
+    )
 
 
 # -- data files ---------------------------------------------------------------------------------------
 
 
-def _data_file(dataset: Dataset, one: Committed, samples: Receipt | None) -> Problem | None:
+def _data_file(
+    dataset: Dataset, one: Committed, samples: Receipt | None, recipe: Mapping[str, Any] | None
+) -> Problem | None:
     receipt = one.receipt
     try:
-        wrong = _wrong(dataset, receipt, samples)
+        wrong = _wrong(dataset, receipt, samples, recipe)
     except (DatasetError, pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         wrong = " ".join(str(error).split())[:300] or type(error).__name__
     if wrong is None:
@@ -145,7 +164,9 @@ def _data_file(dataset: Dataset, one: Committed, samples: Receipt | None) -> Pro
     return Problem(receipt.file, wrong, receipt.column, receipt.shard, (receipt.file, one.name))
 
 
-def _wrong(dataset: Dataset, receipt: Receipt, samples: Receipt | None) -> str | None:
+def _wrong(
+    dataset: Dataset, receipt: Receipt, samples: Receipt | None, recipe: Mapping[str, Any] | None
+) -> str | None:
     data = dataset.store.read_if_exists(receipt.file)
     if data is None:
         return "is missing"
@@ -170,7 +191,7 @@ def _wrong(dataset: Dataset, receipt: Receipt, samples: Receipt | None) -> str |
         check_keys(table, receipt)
         reasons = [None if status == "ok" else status for status in table.column("status").to_pylist()]
         return _wrong_absences(receipt, reasons)
-    return _wrong_values(dataset, receipt, table)
+    return _wrong_values(receipt, table, recipe)
 
 
 def _wrong_absences(receipt: Receipt, reasons: Sequence[str | None]) -> str | None:
@@ -184,15 +205,15 @@ def _wrong_absences(receipt: Receipt, reasons: Sequence[str | None]) -> str | No
     )
 
 
-def _wrong_values(dataset: Dataset, receipt: Receipt, table: pa.Table) -> str | None:
+def _wrong_values(receipt: Receipt, table: pa.Table, recipe: Mapping[str, Any] | None) -> str | None:
+    """``recipe``: None where it is damaged, which is said of it and not of the files that were made under it."""
     column, meta = open_column(table, receipt.file), column_metadata(table)
     wrong = _wrong_absences(receipt, column.reasons.to_pylist())
     if wrong is not None:
         return wrong
     if meta.get("recipe") != receipt.recipe:
         return "names another recipe than its receipt"
-    recipe = dataset.recipe(receipt.column, receipt.recipe[:12])
-    if meta.get("tokenizer", "") != (recipe.get("tokenizer") or ""):
+    if recipe is not None and meta.get("tokenizer", "") != (recipe.get("tokenizer") or ""):
         return "names another tokenizer than its recipe"
     return _out_of_range(column, meta)
 
@@ -258,5 +279,3 @@ def _notes(dataset: Dataset) -> Iterator[Problem]:
         raw = dataset.store.read_if_exists(name) if match else None
         if match and raw is not None and sha256(raw)[:SHORT] != match["hash"]:
             yield Problem(name, "is damaged: it does not hash to its name", aside=(name,))
-    if yaml.safe_load(dataset.store.read("dataset.yaml")) != dataset.identity:
-        yield Problem("dataset.yaml", "is not what it was when the dataset was opened")

@@ -94,7 +94,13 @@ def test_a_missing_file_is_found(url: Path) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["tokens/depth/*.arrow", "labels/depth/*.tar", "samples/*.arrow", "receipts/det/*/shard-*.json"],
+    [
+        "tokens/depth/*.arrow",
+        "labels/depth/*.tar",
+        "samples/*.arrow",
+        "receipts/det/*/shard-*.json",
+        "receipts/det/*/recipe.json",
+    ],
 )
 def test_repair_sets_aside_what_is_damaged_and_the_next_build_makes_it_again(
     pattern: str, url: Path, whole: Path

@@ -111,11 +111,11 @@ def test_again_it_is_the_same_and_another_one_is_refused(out: Path, config: Any,
     export_dataset(config.dataset, str(out), layout="parquet")
     assert {path.name: path.read_bytes() for path in out.glob("data/*")} == before
     with pytest.raises(
-        ConfigError, match="holds an export with split 'all', not 'val'; choose another folder"
+        ConfigError, match="is not empty and holds no export like this one; choose another folder"
     ):
         export_dataset(config.dataset, str(out), layout="parquet", split="val")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty and holds no export"):
+    with pytest.raises(ConfigError, match="is not empty and holds no export like this one"):
         export_dataset(config.dataset, str(tmp_path), layout="parquet")
     with pytest.raises(ConfigError, match="--format parket: unknown; did you mean 'parquet'"):
         export_dataset(config.dataset, str(tmp_path / "x"), layout="parket")
