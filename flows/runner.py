@@ -26,7 +26,7 @@ from fourmill.flows.micro_batch import MicroBatch, MicroResult
 from fourmill.flows.plan import Job
 from fourmill.flows.reading import Decoded, Reader, positions_of
 from fourmill.flows.resolve import Resolved, Wanted
-from fourmill.flows.shard_content import Again, ShardContent, check_unchanged
+from fourmill.flows.shard_content import Again, ShardContent, check_unchanged, warm_up
 from fourmill.labels import DUPLICATE, Absent, Label
 from fourmill.seeds import keys_digest
 from fourmill.shards.dataset import SAMPLES, Dataset
@@ -99,6 +99,7 @@ class Runner:
         self._submit = submit
         self._groups = self._resolved.groups()
         self._journal = journal
+        warm_up(config.n_crops)
         self.rows_done = 0  # read by the progress display while a job runs
 
     def run(self, job: Job) -> JobReport:

@@ -93,6 +93,11 @@ class ShardContent:
         return total
 
 
+def warm_up(n_crops: int) -> None:
+    """Make a table of no rows: the first array makes pyarrow import pandas, half a second that no shard needs to wait for."""
+    sample_table([], [], [], seed=0, n_crops=n_crops, val_fraction=0.0)
+
+
 def check_unchanged(part: Sequence[Row], skip: Sequence[str | None], decoded: Sequence[Decoded]) -> None:
     """A row that was readable when its shard was frozen must still be: otherwise the source has changed."""
     for row, why, (frame, _) in zip(part, skip, decoded, strict=True):

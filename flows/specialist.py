@@ -72,6 +72,11 @@ class Specialist:
 
     def ready(self) -> dict[str, Any]:
         """Load everything, and try it on one image; returns the environment that receipts record."""
+        self._prepare()
+        return environment(self._device)
+
+    def _prepare(self) -> None:
+        """Load what is not loaded yet. In every thread that works here."""
         import torch
 
         if self._device == "cpu":  # a setting of the thread, not of the process
@@ -80,8 +85,6 @@ class Specialist:
             if self._labelers is None:
                 self._labelers = self._load()
                 self._try_out()
-        device = torch.cuda.get_device_name() if self._device == "cuda" else "cpu"
-        return {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
 
     def _load(self) -> dict[str, Labeler]:
         loaded = {}
@@ -141,7 +144,7 @@ class Specialist:
         What a labeler or codec raises fails its modality and those that need it, no other. I/O errors and memory that
         runs out are no fault of the rows: they are raised.
         """
-        self.ready()
+        self._prepare()
         with self._place(alone):
             return self._process(batch, labels, tokens, task or batch.name)
 
@@ -314,6 +317,14 @@ class Specialist:
             label if isinstance(label, Absent) else values[row * n_crops : (row + 1) * n_crops]
             for row, label in enumerate(labels)
         ]
+
+
+def environment(device: str) -> dict[str, str]:
+    """What receipts say of this process, as plain strings: reading torch's own kind of string would import torch."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"torch": str(torch.__version__), "transformers": version("transformers"), "device": name}
 
 
 def _measured(
