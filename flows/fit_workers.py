@@ -11,6 +11,7 @@ from typing import Any
 
 from fourmill.errors import FourmillError, first_line
 from fourmill.flows.engine import device_of, ray_session
+from fourmill.flows.fit_encoder import with_encoder
 from fourmill.flows.fit_labels import fit_labels
 from fourmill.flows.resolve import Resolved
 from fourmill.shards.dataset import Dataset
@@ -122,7 +123,7 @@ def _work(settings: dict[str, Any]) -> None:
         train,
         held_out,
         image_size=job.resolved.config.image_size,
-        options={**job.options, "device": str(ray.train.torch.get_device())},
+        options={**with_encoder(dataset, job.name, job.options), "device": str(ray.train.torch.get_device())},
         out=out,
         progress=lambda step, steps, figures: board.write.remote(step, steps, figures),
         scratch=job.scratch,

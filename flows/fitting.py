@@ -10,6 +10,7 @@ from typing import Any
 
 from fourmill.errors import SourceError
 from fourmill.flows.engine import device_of
+from fourmill.flows.fit_encoder import with_encoder
 from fourmill.flows.fit_labels import fit_labels, scratch_folder
 from fourmill.flows.fit_pictures import PICTURE, reconstructions
 from fourmill.flows.fit_workers import FitJob, fit_on_workers
@@ -40,6 +41,10 @@ def fit_tokenizers(
     vocabulary: Path | None = None
     names = resolved.unfitted() if names is None else names
     texts = [name for name in names if resolved.wanted[name].modality.kind == "sequence"]
+    for name in names:
+        with_encoder(
+            dataset, name, resolved.config.modalities[name].tokenizer.options
+        )  # refused before any fit
     for name in [*sorted(texts, key=lambda n: n != "caption"), *(n for n in names if n not in texts)]:
         options: dict[str, Any] = dict(resolved.config.modalities[name].tokenizer.options)
         if name in texts:
@@ -86,6 +91,7 @@ def _fit(
         fit_on_workers(FitJob(resolved, name, tuple(shards), options, scratch), out, progress)
     else:
         device = {"device": device_of(config)} if needs_labels(wanted) else {}
+        options = with_encoder(dataset, name, options)
         fit_codec(
             wanted.modality,
             train,

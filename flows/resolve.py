@@ -15,6 +15,7 @@ from fourmill.checkpoints import fetch
 from fourmill.checkpoints import resolve as resolve_checkpoint
 from fourmill.config import Config, ModalityConfig
 from fourmill.errors import ConfigError, nearest
+from fourmill.flows.fit_encoder import with_encoder
 from fourmill.labelers.base import COMMON_KEYS, Labeler, LabelerSettings, labelers, upstream_of
 from fourmill.labelers.figures import Limit, figure_names
 from fourmill.modality import SOURCE_MODALITIES, Modality
@@ -270,16 +271,28 @@ def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:
         published = codecs.get(read_config(folder)["family"]).license
         named = given.license or published or licenses.in_folder(folder) or licenses.UNKNOWN
         return replace(wanted, tokenizer_provenance={"tokenizer": given.model, "tokenizer_license": named})
+    _check_fit(wanted, config)
     try:
         dataset = Dataset(config.dataset)
     except ConfigError:  # not built yet: nothing was fitted
+        with_encoder(None, wanted.name, given.options)
         return wanted
     origin = fit_origin(wanted, config)
     for short in dataset.tokenizers(wanted.name):
         raw = dataset.store.read_if_exists(f"tokenizers/{wanted.name}/{short}/{ORIGIN}")
         if raw is not None and json.loads(raw) == origin:
             return use_tokenizer(wanted, dataset.tokenizer_folder(wanted.name, short), config.image_size)
+    with_encoder(dataset, wanted.name, given.options)
     return wanted
+
+
+def _check_fit(wanted: Wanted, config: Config) -> None:
+    """ConfigError where its tokenizer cannot be fitted with these options: said before the fit set is labelled."""
+    if codecs.get(wanted.modality.codec).needs_fit:
+        from fourmill.tokenize.fit import check_fit  # PyTorch is imported where it is needed
+
+        options = {**config.fit.options(), **config.modalities[wanted.name].tokenizer.options}
+        check_fit(wanted.modality, options, config.image_size)
 
 
 def use_tokenizer(wanted: Wanted, folder: Path, image_size: int) -> Wanted:

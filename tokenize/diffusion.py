@@ -71,6 +71,11 @@ def _betas(kind: str, steps: int) -> Tensor:
     raise ConfigError(f"beta_schedule {kind!r}: known are linear, scaled_linear and squaredcos_cap_v2")
 
 
+def fixed_noise(channels: int, height: int, width: int) -> Tensor:
+    """(1, channels, height, width), always the same: maps that begin there depend on their tokens alone."""
+    return torch.randn((1, channels, height, width), generator=torch.Generator().manual_seed(0))
+
+
 def trailing_steps(count: int, total: int = 1000) -> list[int]:
     """``count`` steps from the last one down, evenly spaced (arXiv 2305.08891, "trailing").
 

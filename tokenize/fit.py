@@ -6,8 +6,9 @@ are worth is measured on labels that were held out, and written into the tokeniz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import numpy as np
 from fourmill.errors import ConfigError, nearest
 from fourmill.labels import Label
 from fourmill.modality import Modality
-from fourmill.tokenize.base import codecs
+from fourmill.tokenize.base import codec_hash, codecs, load_codec
 from fourmill.tokenize.fit_loop import FitOptions, Progress, fit_vqvae
+from fourmill.tokenize.options import ENCODER, FIRST, typed
 from fourmill.tokenize.peers import ALONE, Peers
 from fourmill.tokenize.pixels import PixelsCodec
 from fourmill.tokenize.scalar import ScalarCodec
-from fourmill.tokenize.spaces import Depth, Vector, space_name
+from fourmill.tokenize.spaces import Bounded, Depth, Vector, space_name
 from fourmill.tokenize.text import VocabularyCodec
 from fourmill.tokenize.vocabulary import MAX_VOCABULARY, Vocabulary, train_vocabulary
 from fourmill.tokenize.vqvae import VQVAE, VQConfig
+from fourmill.tokenize.vqvae_network import DIFFUSION_FIELDS, VIT_FIELDS
 
 #: Network sizes by preset: "4m" is the paper's ViT-B, "demo" runs on one core in minutes.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -50,6 +53,13 @@ CODEBOOKS: dict[str, dict[str, int]] = {
 _GLOBAL: dict[str, Any] = {
     "quantizer": "memory", "dim": 1024, "encoder_depth": 6, "decoder_depth": 6, "latent_dim": 1024, "heads": 16,
 }  # fmt: skip
+#: of a diffusion decoder in "demo": minutes on one core; in "4m" the fields' defaults are the paper's
+_SMALL_UNET: dict[str, Any] = {
+    "unet_width": 32,
+    "unet_multipliers": [1, 2],
+    "unet_blocks": 1,
+    "ddim_steps": 10,
+}
 #: held-out labels that are decoded again to be compared; more are only encoded
 DECODED = 256
 
@@ -73,6 +83,8 @@ def default_config(modality: Modality, preset: str, image_size: int, **changes: 
     sizes = CODEBOOKS[preset]
     values = {**PRESETS[preset], "codebook_size": sizes.get(modality.name, sizes[""])}
     values["patch_size"] = 16 if image_size >= 32 else 4
+    if preset == "demo" and changes.get("decoder") == "diffusion":
+        values |= _SMALL_UNET
     if preset == "4m" and space_name(modality.contract) == Vector.name:
         values |= _GLOBAL
     if space_name(modality.contract) == Depth.name:
@@ -100,24 +112,24 @@ def fit_codec(
     need no fit ignore them. ``options``: fields of `FitOptions` and `VQConfig`; for what is written as text
     ``vocabulary`` (path of a tokenizer file or folder), or ``vocabulary_captions``, ``vocabulary_classes`` and
     ``vocabulary_size`` to train one, and the family's own; for pixels ``format``, ``quality``, ``lossless``, ``patch_size``.
+    With ``decoder: diffusion`` the option ``encoder`` is the folder of a fitted tokenizer of which encoder and codes are taken
+    as they are, or "first": such a tokenizer is fitted first, with the same options.
 
     ``labels`` are of ``image_size``, or of the largest of the option ``sizes``; ``held_out`` of ``image_size``. ``scratch``
     and ``peers`` as in `fit_vqvae`; of several workers only the first writes ``out``.
     """
     family = modality.codec
     if family == "vqvae":
-        fit, network = _split_options(options, modality)
-        config = default_config(modality, fit.preset, image_size, **network)
-        codec = fit_vqvae(
+        run = partial(
+            fit_vqvae,
             modality,
             labels,
-            config,
             image_size=image_size,
-            options=fit,
             progress=progress,
             scratch=scratch,
             peers=peers,
         )
+        codec = _fit_network(run, modality, image_size, options)
         if peers.rank == 0:
             codec.card["held_out"] = measure(codec, held_out)
             codec.save(out)
@@ -137,8 +149,80 @@ def fit_codec(
     return out
 
 
+def _fit_network(
+    run: Callable[..., VQVAE], modality: Modality, image_size: int, options: Mapping[str, Any]
+) -> VQVAE:
+    """A codec fitted by ``run`` (`fit_vqvae` with what does not depend on the options), after its encoder if need be."""
+    given = options.get(ENCODER)
+    check_fit(modality, options, image_size)
+    if given is None:
+        fit, network = _split_options(options, modality)
+        return run(default_config(modality, fit.preset, image_size, **network), options=fit)
+    decoder = ("decoder", *DIFFUSION_FIELDS)
+    if given == FIRST:
+        first = {k: v for k, v in options.items() if k not in (ENCODER, *decoder)}
+        encoder = _fit_network(run, modality, image_size, first)
+    else:
+        encoder = _given_encoder(Path(given), modality, image_size)
+    fit, network = _split_options(options, modality)
+    chosen = {k: v for k, v in network.items() if k in decoder}
+    unet = _SMALL_UNET if fit.preset == "demo" else {}
+    config = encoder.config.with_changes({**unet, **chosen}, f"modalities.{modality.name}.tokenizer")
+    codec = run(config, options=fit, encoder=encoder)
+    codec.card[ENCODER] = "fitted first" if given == FIRST else codec_hash(Path(given))[:12]
+    return codec
+
+
+def _given_encoder(folder: Path, modality: Modality, image_size: int) -> VQVAE:
+    codec = load_codec(folder, modality, image_size)
+    if not isinstance(codec, VQVAE):
+        raise ConfigError(
+            f"modalities.{modality.name}.tokenizer.{ENCODER}: {folder} is of the family {codec.family!r}; "
+            "a diffusion decoder is fitted here to tokenizers that were fitted here"
+        )
+    return codec
+
+
+def check_fit(modality: Modality, options: Mapping[str, Any], image_size: int) -> None:
+    """ConfigError, which names the key, where no network can be fitted with these options. Looks at no label."""
+    where = f"modalities.{modality.name}.tokenizer"
+    fit, network = _split_options(options, modality)
+    is_diffusion = network.get("decoder") == "diffusion"
+    given = options.get(ENCODER)
+    own = [field.name for field in fields(VQConfig) if field.name in options]
+    of_encoder = [name for name in own if name not in ("decoder", *DIFFUSION_FIELDS)]
+    if given is not None and (not isinstance(given, str | Path) or not str(given)):
+        raise ConfigError(
+            f"{where}.{ENCODER}: expected is a folder, a tokenizer's hash or {FIRST!r}, got {given!r}"
+        )
+    if given is not None and not is_diffusion:
+        raise ConfigError(f"{where}.{ENCODER}: is for `decoder: diffusion`, which is fitted to it")
+    if given not in (None, FIRST) and of_encoder:
+        raise ConfigError(f"{where}.{of_encoder[0]}: is settled by the given `{ENCODER}`; remove the key")
+    idle = VIT_FIELDS if is_diffusion and given is None else () if is_diffusion else DIFFUSION_FIELDS
+    for name in idle:
+        if name in own:
+            raise ConfigError(
+                f"{where}.{name}: no option of this decoder; remove the key, or choose another `decoder`"
+            )
+    config = default_config(modality, fit.preset, image_size, **network)
+    if is_diffusion and space_name(modality.contract) not in (Bounded.name, Depth.name):
+        raise ConfigError(
+            f"{where}.decoder: 'diffusion' is for images, normals, edges and depth; take 'vit' for {modality.name!r}"
+        )
+    for size in fit.sizes_at(image_size) if is_diffusion else ():
+        if size % config.unet_patch:
+            raise ConfigError(f"{where}.unet_patch: image_size {size} is no multiple of {config.unet_patch}")
+
+
 def _check_options(options: Mapping[str, Any], modality: Modality, own: tuple[str, ...]) -> None:
-    known = {*own, *_VOCABULARY_OPTIONS, *_FLOW_OPTIONS, *(field.name for field in fields(FitOptions))}
+    known = {
+        *own,
+        ENCODER,
+        *_VOCABULARY_OPTIONS,
+        *_FLOW_OPTIONS,
+        *(field.name for field in fields(FitOptions)),
+    }
     for name in options:
         if name not in known:
             raise ConfigError(
@@ -148,11 +232,15 @@ def _check_options(options: Mapping[str, Any], modality: Modality, own: tuple[st
 
 def _split_options(options: Mapping[str, Any], modality: Modality) -> tuple[FitOptions, dict[str, Any]]:
     """Fit options, and overrides of the network."""
+    where = f"modalities.{modality.name}.tokenizer"
     _check_options(options, modality, tuple(field.name for field in fields(VQConfig)))
     known = {field.name for field in fields(FitOptions)}
-    chosen: dict[str, Any] = {k: tuple(v) if k == "sizes" else v for k, v in options.items() if k in known}
-    fit = FitOptions(**chosen)
-    other = {*known, *_VOCABULARY_OPTIONS, *_FLOW_OPTIONS}
+    chosen = typed(FitOptions, {k: v for k, v in options.items() if k in known}, where)
+    try:
+        fit = FitOptions(**chosen)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from error
+    other = {*known, ENCODER, *_VOCABULARY_OPTIONS, *_FLOW_OPTIONS}
     return fit, {**modality.codec_options, **{k: v for k, v in options.items() if k not in other}}
 
 

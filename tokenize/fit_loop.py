@@ -24,11 +24,13 @@ from fourmill.errors import ConfigError, ContractError
 from fourmill.labels import Label
 from fourmill.modality import Modality
 from fourmill.seeds import generator
+from fourmill.tokenize.diffusion_network import DiffusionNetwork, encoder_digest
 from fourmill.tokenize.fit_state import collect, put_back, read_state, state_name, write_state
 from fourmill.tokenize.peers import ALONE, Peers
 from fourmill.tokenize.quantizers import CosineCodebook
 from fourmill.tokenize.spaces import Features, Vector, space_name
 from fourmill.tokenize.vqvae import VQVAE, VQConfig
+from fourmill.tokenize.vqvae_network import VQNetwork
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 #: steps between two reports of progress
@@ -61,6 +63,11 @@ class FitOptions:
     checkpoint_minutes: float = 5.0  # between two files that a killed fit goes on from
     checkpoint_steps: int = 0  # the same, by steps; 0: by minutes alone
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+
     @property
     def dtype(self) -> torch.dtype:
         """What the network computes in."""
@@ -82,11 +89,15 @@ def fit_vqvae(
     progress: Progress | None = None,
     scratch: Path | None = None,
     peers: Peers = ALONE,
+    encoder: VQVAE | None = None,
 ) -> VQVAE:
     """Fit a tokenizer network on cropped labels; the same arguments and ``steps`` give the same weights on one CPU.
 
     AdamW with betas 0.9 and 0.99, linear warm-up, cosine to zero, gradients clipped at norm 1 (4M's recipe),
     horizontal flips by the modality's rule. Labels are of ``image_size``, or of the largest of ``sizes``.
+
+    With a fitted ``encoder``, of which ``config`` has the sizes, a diffusion decoder alone is fitted: the tokens are those
+    of that tokenizer.
 
     In the folder ``scratch`` the state is kept every now and then, and at the end; a fit with the same arguments goes on
     from there, with any number of ``peers``. Who has the tokenizer removes it.
@@ -97,10 +108,10 @@ def fit_vqvae(
         raise ConfigError(
             f"fit.batch_size {options.batch_size} is no multiple of fit.workers ({peers.world})"
         )
-    codec = _fresh_codec(modality, labels, config, image_size, options)
-    codec.to(options.device).network.train().requires_grad_(True)
+    codec = _fresh_codec(modality, labels, config, image_size, options, encoder)
+    codec.to(options.device).network.train().set_trainable()
     fit = _Fit(codec, options, peers)
-    file = None if scratch is None else scratch / _state_name(codec, options, len(labels))
+    file = None if scratch is None else scratch / _state_name(codec, options, len(labels), encoder)
     fit.resume(file)
     with closing(_batches(codec, labels, options, peers, fit.step)) as batches:
         saved_at, saved_step = time.monotonic(), fit.step
@@ -149,7 +160,7 @@ class _Fit:
         self._minutes = 0.0  # of earlier runs
         self._started = time.monotonic()
         self._optimizer = _optimizer(self.network, options)
-        self._parameters: list[Tensor] = list(self.network.parameters())
+        self._parameters: list[Tensor] = [p for p in self.network.parameters() if p.requires_grad]
         self._average = [p.detach().clone() for p in self._parameters] if options.ema else None
         if isinstance(self.network.quantizer, CosineCodebook):
             self.network.quantizer.peers = peers
@@ -159,17 +170,17 @@ class _Fit:
         options, network = self.options, self.network
         for group in self._optimizer.param_groups:
             group["lr"] = options.learning_rate * _schedule(self.done, options.warmup)
-        is_relaxed = network.quantizer.relaxes and self.done < options.relaxed
+        is_relaxed = network.relaxes and self.done < options.relaxed
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=options.dtype == torch.bfloat16):
             if is_relaxed:
                 output, ids, commitment = (
-                    network.forward_relaxed(batch),
+                    network.forward_relaxed(batch, self._generator()),
                     None,
                     torch.zeros((), device=batch.device),
                 )
             else:
                 output, ids, commitment = network(batch, self._generator())
-        loss = self.codec.space.loss(output.float(), batch)
+        loss = network.loss(self.codec.space, output.float(), batch)
         self._optimizer.zero_grad(set_to_none=True)
         (loss + commitment).backward()
         self.peers.average_gradients(self._parameters)
@@ -237,14 +248,22 @@ class _Fit:
         return self._minutes + (time.monotonic() - self._started) / 60
 
 
-def _state_name(codec: VQVAE, options: FitOptions, count: int) -> str:
+def _state_name(codec: VQVAE, options: FitOptions, count: int, encoder: VQVAE | None) -> str:
     chosen = {k: v for k, v in asdict(options).items() if k != "device" and not k.startswith("checkpoint")}
-    facts = {"modality": asdict(codec.modality), "network": asdict(codec.config), "labels": count}
+    facts = {"modality": asdict(codec.modality), "network": codec.config.to_mapping(), "labels": count}
+    if encoder is not None:
+        assert isinstance(encoder.network, VQNetwork)
+        facts["encoder"] = encoder_digest(encoder.network)
     return state_name({**facts, "options": chosen, "image_size": codec.image_size})
 
 
 def _fresh_codec(
-    modality: Modality, labels: Sequence[Label], config: VQConfig, image_size: int, options: FitOptions
+    modality: Modality,
+    labels: Sequence[Label],
+    config: VQConfig,
+    image_size: int,
+    options: FitOptions,
+    encoder: VQVAE | None = None,
 ) -> VQVAE:
     with _DRAWING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -259,12 +278,26 @@ def _fresh_codec(
             codec = VQVAE(modality, image_size, config, grid=grid, channels=shape[-1])
             _set_standardisation(codec, labels)
         else:
-            codec = VQVAE(modality, image_size, config, image_sizes=options.sizes_at(image_size))
+            sizes = options.sizes_at(image_size) if encoder is None else encoder.image_sizes
+            codec = VQVAE(modality, image_size, config, image_sizes=sizes)
         for module in codec.network.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+    if encoder is not None:
+        _give_encoder(codec, encoder, options)
     return codec
+
+
+def _give_encoder(codec: VQVAE, encoder: VQVAE, options: FitOptions) -> None:
+    where = f"modalities.{codec.modality.name}.tokenizer"
+    for size in options.sizes_at(codec.image_size):
+        if size not in encoder.image_sizes:
+            known = ", ".join(map(str, encoder.image_sizes))
+            raise ConfigError(f"{where}.sizes: the given encoder was fitted at {known}, not at {size}")
+    if not isinstance(codec.network, DiffusionNetwork) or not isinstance(encoder.network, VQNetwork):
+        raise ConfigError(f"{where}.encoder: only a diffusion decoder is fitted to a given encoder")
+    codec.network.take_encoder(encoder.network)
 
 
 def _set_standardisation(codec: VQVAE, labels: Sequence[Label]) -> None:
@@ -277,8 +310,9 @@ def _set_standardisation(codec: VQVAE, labels: Sequence[Label]) -> None:
 
 def _optimizer(network: nn.Module, options: FitOptions) -> torch.optim.AdamW:
     """Matrices decay; biases, norms and embeddings do not."""
-    decay = [p for p in network.parameters() if p.ndim >= 2]
-    rest = [p for p in network.parameters() if p.ndim < 2]
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    decay = [p for p in parameters if p.ndim >= 2]
+    rest = [p for p in parameters if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99))
 
@@ -310,10 +344,11 @@ def _batches(
     codec: VQVAE, labels: Sequence[Label], options: FitOptions, peers: Peers, first: int
 ) -> Generator[Tensor, None, None]:
     """The batches of step ``first`` and all after it; another thread reads one ahead, as labels may come from storage."""
-    shape = codec.space.label_shape(max(codec.image_sizes), codec.label_grid)
+    sizes = options.sizes_at(codec.image_size)
+    shape = codec.space.label_shape(max(sizes), codec.label_grid)
 
     def read(step: int) -> Tensor:
-        drawn = _Draw.of(options, len(labels), step, codec.image_sizes)
+        drawn = _Draw.of(options, len(labels), step, sizes)
         mine = slice(peers.rank, None, peers.world)
         chosen = codec.space.check([labels[row] for row in drawn.rows[mine].tolist()], shape)
         batch = codec.space.to_network(chosen).to(options.device)

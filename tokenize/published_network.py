@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fourmill.checkpoints import WEIGHTS
 from fourmill.errors import CheckpointError, ConfigError
 from fourmill.tokenize.base import read_config
-from fourmill.tokenize.diffusion import PREDICTIONS, Prediction, Schedule, ddim, trailing_steps
+from fourmill.tokenize.diffusion import PREDICTIONS, Prediction, Schedule, ddim, fixed_noise, trailing_steps
 from fourmill.tokenize.published_quantizers import EmaCodebook, Memcodes
 from fourmill.tokenize.published_vit import VIT_SIZES, Bottleneck, ViT, ViTDecoder, ViTEncoder
 from fourmill.tokenize.quantizers import Quantizer
@@ -160,8 +160,7 @@ class PublishedNetwork(nn.Module):
         if self.post_quant_proj is not None:
             return self.decoder(self.post_quant_proj(quantized))
         height, width = (side * self.config.patch_size for side in quantized.shape[2:])
-        seeded = torch.Generator().manual_seed(0)
-        noise = torch.randn((1, self.config.n_channels, height, width), generator=seeded)
+        noise = fixed_noise(self.config.n_channels, height, width)
         noise = noise.to(quantized.device).expand(len(quantized), -1, -1, -1)
         return self.denoised(noise, quantized, steps, clip)[-1]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from fourmill.errors import CheckpointError, ConfigError, ContractError
 from fourmill.labels import Label
 from fourmill.modality import Modality
 from fourmill.tokenize.base import Codec, Value, check_made_for, read_config, register
+from fourmill.tokenize.diffusion_network import DiffusionNetwork
 from fourmill.tokenize.memory_codes import VectorNetwork
 from fourmill.tokenize.spaces import Bounded, Classes, Depth, Features, Space, Vector, space_name
 from fourmill.tokenize.vqvae_network import (
@@ -74,6 +74,12 @@ class VQVAE(Codec):
     def _make_network(self, grid: tuple[int, int] | None) -> TokenizerNetwork:
         space, config = self.space, self.config
         name = space.modality_name
+        is_diffusion = config.decoder == "diffusion"
+        if is_diffusion and isinstance(space, Features):
+            raise ConfigError(
+                f"modalities.{name}.tokenizer.decoder: 'diffusion' is for maps; labels of the kind {space.name!r} "
+                "take 'vit'"
+            )
         if isinstance(space, Vector) and space.is_whole:
             return VectorNetwork(config, space)
         if config.quantizer == "memory":
@@ -87,8 +93,11 @@ class VQVAE(Codec):
         for size in (self.image_size, *self.image_sizes):
             if size % config.patch_size:
                 raise ConfigError(f"image_size {size} is no multiple of patch_size {config.patch_size}")
+            if is_diffusion and size % config.unet_patch:
+                raise ConfigError(f"image_size {size} is no multiple of unet_patch {config.unet_patch}")
         own, base = ((size // config.patch_size,) * 2 for size in (self.image_size, self.image_sizes[0]))
-        return VQNetwork(config, space, (own[0], own[1]), (base[0], base[1]))
+        made = DiffusionNetwork if is_diffusion else VQNetwork
+        return made(config, space, (own[0], own[1]), (base[0], base[1]))
 
     @property
     def device(self) -> torch.device:
@@ -199,7 +208,7 @@ class VQVAE(Codec):
             "space": self.space.name,
             "grid": list(self._grid_at(self.image_sizes[0])),
             "channels": channels,
-            "network": asdict(self.config),
+            "network": self.config.to_mapping(),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         weights = {k: v.half().contiguous().cpu() for k, v in self.network.state_dict().items()}

@@ -9,7 +9,7 @@ Legend of shapes: B images, C channels, S image side, p patch, h x w the token g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourmill.errors import ConfigError, nearest
+from fourmill.errors import ConfigError
+from fourmill.tokenize.options import typed
 from fourmill.tokenize.quantizers import Quantizer, make_quantizer
 from fourmill.tokenize.spaces import Classes, Features, Space
+from fourmill.tokenize.unet import UNetSize
 
 QUANTIZERS = ("cosine", "fsq", "memory")
+DECODERS = ("vit", "diffusion")
+#: fields of `VQConfig` that "diffusion" alone has a use for, and those that it has none for
+DIFFUSION_FIELDS = ("unet_width", "unet_multipliers", "unet_blocks", "unet_patch", "ddim_steps")
+VIT_FIELDS = ("decoder_depth", "refine")
+_AT_LEAST_ONE = (
+    "dim", "heads", "patch_size", "latent_dim", "codebook_size", "memory_heads", "unet_width", "unet_blocks", "unet_patch",
+)  # fmt: skip
 MAX_CODES = 1 << 16  # ids are stored as uint16
 
 
@@ -46,8 +55,19 @@ class VQConfig:
     class_dim: int = 64  # of the learned embedding of a pixel's class
     normalisation: str = "log"  # of depth: "log" (metres) or "robust" (relative)
     depth_range: tuple[float, float] = (0.1, 200.0)  # metres, of "log"
+    decoder: str = (
+        "vit"  # or "diffusion": a U-Net that is told the codes; what follows is of that one, as in 4M
+    )
+    unet_width: int = 256
+    unet_multipliers: tuple[int, ...] = (1, 2, 2, 2)  # of the width, at grids that are each half as fine
+    unet_blocks: int = 3
+    unet_patch: int = 4  # pixels of the finest grid's cells
+    ddim_steps: int = 25  # of decoding
 
     def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
         if self.codes > MAX_CODES:
             raise ConfigError(
                 f"codebook_size {self.codes} is more than {MAX_CODES}: token ids are stored as uint16"
@@ -66,6 +86,26 @@ class VQConfig:
             )
         if self.refine and self.patch_size % 4:
             raise ConfigError(f"patch_size {self.patch_size} must be a multiple of 4 where `refine` is set")
+        self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        if self.decoder not in DECODERS:
+            raise ConfigError(f"decoder {self.decoder!r}: known are {', '.join(map(repr, DECODERS))}")
+        if self.unet_width % 32:  # its norms have 32 groups
+            raise ConfigError(f"unet_width {self.unet_width} must be a multiple of 32")
+        if not self.unet_multipliers or min(self.unet_multipliers) < 1:
+            raise ConfigError(f"unet_multipliers {self.unet_multipliers} must be numbers of at least 1")
+        if not 1 <= self.ddim_steps <= 1000:
+            raise ConfigError(f"ddim_steps {self.ddim_steps} must be 1 to 1000")
+
+    @property
+    def unet(self) -> UNetSize:
+        return UNetSize(self.unet_width, self.unet_patch, self.unet_multipliers, self.unet_blocks)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What config.json says: nothing of a decoder that is not there."""
+        left_out = ("decoder", *DIFFUSION_FIELDS) if self.decoder == "vit" else VIT_FIELDS
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def codes(self) -> int:
@@ -73,12 +113,16 @@ class VQConfig:
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], where: str) -> VQConfig:
-        known = {field.name for field in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"{where}.{name}: unknown option of the vqvae codec{nearest(name, known)}")
-        tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**tuples)
+        """ConfigError with the key's full path where a key is unknown, of another type, or impossible."""
+        return cls().with_changes(values, where)
+
+    def with_changes(self, values: dict[str, Any], where: str) -> VQConfig:
+        """A copy with some fields as a configuration has them, checked likewise."""
+        checked = typed(VQConfig, values, where, "option of the vqvae codec")
+        try:
+            return replace(self, **checked)
+        except ConfigError as error:
+            raise ConfigError(f"{where}.{error}") from error
 
 
 def sincos_positions(height: int, width: int, dim: int) -> Tensor:
@@ -155,16 +199,37 @@ class TokenizerNetwork(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, D, h, w) to the network's output (B, out, H, W)."""
 
+    @property
+    def relaxes(self) -> bool:
+        """Whether a fit begins with `forward_relaxed`."""
+        return self.quantizer.relaxes
+
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(output, ids (B, *tokens), quantizer loss)."""
+        quantized, ids, loss = self.quantized(x, generator)
+        return self.reconstruct(x, quantized, generator), ids, loss
+
+    def forward_relaxed(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The output without quantisation, for the first part of a fit."""
+        return self.reconstruct(x, self.quantizer.relax(self.encode(x)), generator)
+
+    def quantized(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(code vectors (B, D, h, w), ids (B, *tokens), quantizer loss)."""
         latents = self.encode(x)
         with torch.autocast(x.device.type, enabled=False):  # the nearest of thousands of codes needs float32
-            quantized, ids, loss = self.quantizer.quantize(latents.float(), generator)
-        return self.decode(quantized), ids, loss
+            return self.quantizer.quantize(latents.float(), generator)
 
-    def forward_relaxed(self, x: Tensor) -> Tensor:
-        """The output without quantisation, for the first part of a fit."""
-        return self.decode(self.quantizer.relax(self.encode(x)))
+    def reconstruct(self, x: Tensor, quantized: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What a fit compares with ``x``."""
+        return self.decode(quantized)
+
+    def loss(self, space: Space, output: Tensor, target: Tensor) -> Tensor:
+        """Of what `reconstruct` gave."""
+        return space.loss(output, target)
+
+    def set_trainable(self) -> None:
+        """Gradients for what a fit is to change."""
+        self.requires_grad_(True)
 
 
 class VQNetwork(TokenizerNetwork):
@@ -193,6 +258,9 @@ class VQNetwork(TokenizerNetwork):
             config.quantizer, config.codebook_size, config.latent_dim, config.levels
         )
         self.to_latent = nn.Linear(config.dim, self.quantizer.latent_dim)
+        self._make_decoder(config, space)
+
+    def _make_decoder(self, config: VQConfig, space: Space) -> None:
         self.from_latent = nn.Linear(self.quantizer.latent_dim, config.dim)
         self.decoder = _blocks(config, config.decoder_depth)
         refine = 0 if self.patch == 1 else config.refine
