@@ -14,10 +14,11 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +33,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 PRECONDITION_FAILED = 412
+PART_BYTES = 8 << 20  # per request
 _MEMORY_LOCK = threading.Lock()
 _CONNECTIONS = 32  # at a time
 _OLD_S = 86_400.0  # an object is not written again to look younger than this
@@ -98,6 +100,19 @@ class Store:
             return bytes(self._try(lambda: self.fs.cat_file(self.path(name), **whole), name))
         except FileNotFoundError:
             return None
+
+    def parts(self, name: str, size: int) -> Iterator[bytes]:
+        """The first ``size`` bytes of a file, some megabytes at a time. FileNotFoundError where there is no such file."""
+        path = self.path(name)
+        if self.is_local:
+            with open(path, "rb") as stream:
+                while size > 0 and (data := stream.read(min(size, PART_BYTES))):
+                    size -= len(data)
+                    yield data
+            return
+        for start in range(0, size, PART_BYTES):
+            end = min(start + PART_BYTES, size)
+            yield bytes(self._try(partial(self.fs.cat_file, path, start=start, end=end), name))
 
     def size(self, name: str) -> int:
         return self.entry(name).size
