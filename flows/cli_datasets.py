@@ -78,20 +78,48 @@ def report(
 )
 def export(
     dataset: DatasetUrl,
-    out: Annotated[str, typer.Argument(metavar="OUT", help="a folder or any fsspec URL")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="a folder or any fsspec URL; of coco a .json file")
+    ],
     modality: Modalities = None,
     split: Annotated[
-        str | None, typer.Option(help="train or val; of Parquet all, too. Default: train, of Parquet all")
+        str | None,
+        typer.Option(help="train, val or, but of webdataset, all. Default: all, of webdataset train"),
     ] = None,
-    layout: Annotated[str, typer.Option("--format", help="webdataset or parquet")] = "webdataset",
+    layout: Annotated[
+        str, typer.Option("--format", help="webdataset, parquet, coco or fiftyone")
+    ] = "webdataset",
 ) -> None:
-    """Write finished shards as the WebDataset tars that the published 4M code reads, or as Parquet with a dataset card."""
+    """Write finished shards as the WebDataset tars that the published 4M code reads, or as Parquet with a dataset card; or
+    their kept labels as a COCO file or a FiftyOne dataset."""
     from fourmill.flows.exporting import export_dataset
 
     done = export_dataset(dataset, out, modality, split, layout)
     console.print(f"{done.rows} samples in {done.shards} shards: {out}", soft_wrap=True)
     for reason, rows in done.left_out.items():
         console.print(f"  left out: {rows} ({reason})", markup=False)
+
+
+@app.command(
+    "import-webdataset",
+    epilog="Example: [bold]fourmill import-webdataset s3://bucket/4m-tars data/theirs --modalities theirs.yaml[/bold]",
+)
+def import_webdataset(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="a tree of MODALITY/shard-00000.tar that 4M trains from")
+    ],
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="what it is to become, here")],
+    modalities: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="YAML that says what they are, where fourmill did not export it"),
+    ] = None,
+) -> None:
+    """Make a dataset of exported tars, checked in every modality; the same command goes on where it was stopped."""
+    from fourmill.flows.importing_datasets import import_webdataset as import_tree
+
+    done = import_tree(url, dataset, modalities)
+    console.print(f"{done.rows} samples in {done.shards} shards: {dataset}", soft_wrap=True)
+    console.print(f"snapshot {done.snapshot.digest}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: [bold]fourmill qa data/demo[/bold]")

@@ -1,26 +1,34 @@
-"""Export of a dataset: its newest run's modalities, pinned in a snapshot, as WebDataset tars."""
+"""Export of a dataset: its newest run's modalities, pinned in a snapshot, in a form that others read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fourmill.config import Config, check_config
 from fourmill.errors import ConfigError, nearest
-from fourmill.flows.resolve import resolve
+from fourmill.flows.exporting_fiftyone import export_fiftyone
+from fourmill.flows.importing_datasets import imported_snapshot
 from fourmill.flows.status import latest_run
-from fourmill.flows.training import codec_of, make_snapshot
+from fourmill.flows.training import make_snapshot
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.export import ExportReport, export_webdataset
+from fourmill.shards.export_cells import CENTRE, WHOLE, Decode
+from fourmill.shards.export_coco import export_coco
 from fourmill.shards.export_parquet import export_parquet
+from fourmill.shards.snapshot import Snapshot
+from fourmill.tokenize.base import load_codec
 
 
 def config_of(dataset: Dataset) -> Config:
     """The configuration of the newest run; the dataset may have been moved since."""
-    content = {**latest_run(dataset)["config"], "dataset": dataset.url}
-    return check_config(content, f"{dataset.url}/runs")
+    run = latest_run(dataset)
+    if "config" not in run:
+        raise ConfigError(f"{dataset.url} was imported; there is no configuration that built it")
+    return check_config({**run["config"], "dataset": dataset.url}, f"{dataset.url}/runs")
 
 
-FORMATS = ("webdataset", "parquet")
+FORMATS = ("webdataset", "parquet", "coco", "fiftyone")
 
 
 def export_dataset(
@@ -30,24 +38,49 @@ def export_dataset(
     split: str | None = None,
     layout: str = "webdataset",
 ) -> ExportReport:
-    """Export what is finished in the given modalities (default: all), one split (default: train; of Parquet all).
+    """Export what is finished in the given modalities (default: all that the format holds), one split (default: train as
+    WebDataset, else all).
 
-    As WebDataset, boxes are decoded from their tokens.
+    Where labels were not kept, boxes, people and metadata are decoded from their tokens.
     """
     if layout not in FORMATS:
         raise ConfigError(f"--format {layout}: unknown{nearest(layout, FORMATS)}")
     dataset = Dataset(url)
-    config = config_of(dataset)
-    for name in modalities or ():
-        if name not in config.modalities:
-            raise ConfigError(f"{url} has no modality {name!r}{nearest(name, config.modalities)}")
-    snapshot = make_snapshot(config, tuple(modalities) if modalities else None)
+    snapshot = snapshot_of(dataset, modalities)
     if layout == "parquet":
         return export_parquet(snapshot, out, modalities, split=split or "all")
-    resolved = resolve(config)
-    decode = {
-        name: codec_of(resolved, dataset, name).decode
-        for name in snapshot.modalities
-        if resolved.wanted[name].modality.contract.form == "boxes"
-    }
-    return export_webdataset(snapshot, out, modalities, split=split or "train", decode=decode)
+    if layout == "coco":
+        return export_coco(snapshot, out, modalities, split=split or "all")
+    if layout == "fiftyone":
+        return export_fiftyone(snapshot, config_of(dataset), out, modalities, split=split or "all")
+    return export_webdataset(
+        snapshot, out, modalities, split=split or "train", decode=decoders(snapshot, modalities)
+    )
+
+
+def snapshot_of(
+    dataset: Dataset, modalities: Sequence[str] | None = None, where: Sequence[str] | None = None
+) -> Snapshot:
+    """Pin what is finished in the newest run's modalities, or in some of them. ``where`` None: as the run's configuration
+    says."""
+    run = latest_run(dataset)
+    if "imported" in run:
+        return imported_snapshot(dataset, run, modalities, where or ())
+    config = config_of(dataset)
+    if where is not None:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"where": tuple(where)})})
+    for name in modalities or ():
+        if name not in config.modalities:
+            raise ConfigError(f"{dataset.url} has no modality {name!r}{nearest(name, config.modalities)}")
+    return make_snapshot(config, tuple(modalities) if modalities else None)
+
+
+def decoders(snapshot: Snapshot, names: Sequence[str] | None = None) -> dict[str, Decode]:
+    """Of the modalities whose labels can be made from tokens."""
+    found: dict[str, Any] = {}
+    for name, modality in snapshot.modalities.items():
+        short = snapshot.tokenizer(name)
+        if short and modality.contract.form in (*WHOLE, *CENTRE) and (names is None or name in names):
+            folder = snapshot.dataset.tokenizer_folder(name, short)
+            found[name] = load_codec(folder, modality, snapshot.image_size).decode
+    return found

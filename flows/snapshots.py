@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fourmill.errors import ConfigError
-from fourmill.flows.exporting import config_of
+from fourmill.flows.exporting import snapshot_of
 from fourmill.flows.status import human_bytes
-from fourmill.flows.training import make_snapshot
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.snapshot import Snapshot
 from fourmill.shards.tombstones import Tombstone, drop_keys
@@ -24,9 +23,7 @@ MAX_KEYS_BYTES = 1 << 30
 
 def take_snapshot(url: str, modalities: Sequence[str] | None, where: Sequence[str]) -> Snapshot:
     """Of what is finished in the newest run's modalities (or in some of them), and of the rows that were asked for."""
-    config = config_of(Dataset(url))
-    chosen = config.model_copy(update={"train": config.train.model_copy(update={"where": tuple(where)})})
-    return make_snapshot(chosen, tuple(modalities) if modalities else None)
+    return snapshot_of(Dataset(url), modalities, where)
 
 
 def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:

@@ -3,18 +3,22 @@
     OUT/<modality>/shard-00000.tar      members NNNNNN_NNNNNN.<ending>, equal names and order in every folder
     OUT/crop_settings/shard-00000.tar   int64 .npy [n_crops, 5]: top, left, height, width, flip (original pixels)
     OUT/key/shard-00000.tar             the sample's own key, as .txt
+    OUT/size/shard-00000.tar            [width, height] of the original image, as .json
     OUT/export.json                     what this is; "complete" once everything is there
+    OUT/written/shard-000012.json       of the dataset's shard 12: which tar it became, its rows and the tars' hashes
+    OUT/tokenizers/<modality>/<hash12>/ vocabularies of what is written as texts, so that it can be imported again
 
 Tokens are int16 .npy [n_crops, n_tokens] (int32 where a vocabulary is larger than int16 holds), embeddings float16
-.npy, captions a .json list of strings, boxes .json {"instances": [{"boxes", "class_name", "score"}]} in the frame of
-the whole image, scalars .json. That code zips the tars row by row, so a row with a null in any exported modality is
-left out of all of them, and counted. Shards are numbered without gaps; a shard without rows is not written.
+.npy, everything else .json as `fourmill.shards.exchange` says. That code zips the tars row by row, so a row with a null in
+any exported modality is left out of all of them, and counted. Shards are numbered without gaps; a shard without rows is not
+written. What is exported can be imported: `fourmill.shards.import_webdataset`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,28 +26,38 @@ import numpy as np
 import pyarrow as pa
 
 from fourmill.errors import ConfigError, DatasetError, WorkMissing, nearest
-from fourmill.labels import Absent, Boxes, Label
-from fourmill.modality import CAPTION, Modality
 from fourmill.shards.arrow import Column
-from fourmill.shards.receipts import Recipe
+from fourmill.shards.dataset import modality_json
+from fourmill.shards.export_cells import (
+    Cell,
+    Decode,
+    Maker,
+    crop_cells,
+    is_exportable,
+    key_cells,
+    maker,
+    size_cells,
+)  # fmt: skip
 from fourmill.shards.samples import OK
 from fourmill.shards.snapshot import Snapshot
-from fourmill.shards.tar import npy_bytes, read_labels, write_tar
+from fourmill.shards.tar import write_tar
 from fourmill.storage import Store
 
-MARKER = "export.json"
-
-Decode = Callable[[Sequence[np.ndarray]], Sequence[Label]]
-Cell = tuple[str, bytes]  # file ending and content
+MARKER, WRITTEN, TOKENIZERS = "export.json", "written", "tokenizers"
+CROPS, KEY, SIZE = "crop_settings", "key", "size"
+#: how its ``dataset`` calls them in an export.json: what an import makes the same samples and tokens with
+IDENTITY = ("seed", "val_fraction")
+PINNED = ("recipe", "tokenizer")
 
 
 @dataclass
 class ExportReport:
-    """``left_out``: rows that were not written, by the first reason that applied."""
+    """``left_out``: rows that were not written, by the first reason that applied. ``written``: shards of this call."""
 
     shards: int = 0
     rows: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    written: int = 0
 
     def leave_out(self, reason: str, rows: int) -> None:
         if rows:
@@ -57,40 +71,47 @@ def export_webdataset(
     *,
     split: str = "train",
     decode: Mapping[str, Decode] | None = None,
+    grow: bool = False,
 ) -> ExportReport:
-    """Write ``modalities`` (None: all of the snapshot but pixels) of one split below ``out_url``.
+    """Write ``modalities`` (None: all of the snapshot that can be) of one split below ``out_url``.
 
-    Boxes come from kept labels; where none were kept and there is one crop, ``decode[name]`` (the codec's) makes them
-    from tokens. Raises ConfigError for what cannot be exported and for a folder that holds something else. Run
-    again after an interruption, it writes the same bytes.
+    Labels that the published code tokenizes itself come from kept ones; where none were kept, ``decode[name]`` (the
+    codec's) makes them from tokens, if that can be. Raises ConfigError for what cannot be exported and for a folder that
+    holds something else. Run again after an interruption, it writes the same bytes.
+
+    With ``grow`` it adds to an export of the same dataset and recipes: what was written of a shard as it is now is left alone,
+    what is new gets the next numbers, and no rows at all are no error. Only one process may do so at a time.
     """
     known = snapshot.modalities
-    names = chosen_modalities(snapshot, modalities, [n for n, m in known.items() if m.kind != "pixels"])
-    makers = {name: _maker(snapshot, name, decode or {}) for name in names}
+    names = chosen_modalities(snapshot, modalities, [n for n, m in known.items() if is_exportable(m)])
+    makers = {name: maker(snapshot, name, decode or {}) for name in names}
     out = Store(out_url)
-    facts = _facts(snapshot, names, split)
+    facts = _facts(snapshot, names, split, grow)
     claim(out, facts)
+    _put_tokenizers(snapshot, names, out)
+    notes = written_shards(out) if grow else {}
     report = ExportReport()
-    for shard in range(len(snapshot.shards)):
-        samples = snapshot.dataset.table(snapshot.shards[shard].files["samples"])
-        columns = {name: snapshot.column(shard, name) for name in names}
-        rows = _rows(samples, columns, split, snapshot.is_kept(shard), report)
-        if not len(rows):
-            continue
-        index = snapshot.shards[shard].index
-        stems = [f"{index:06d}_{row:06d}" for row in rows]
-        for name in names:
-            _put(out, name, report.shards, stems, makers[name](shard, columns[name], samples, rows))
-        _put(out, "crop_settings", report.shards, stems, _crop_cells(samples, rows))
-        keys = samples["key"].to_pylist()
-        _put(out, "key", report.shards, stems, (("txt", keys[row].encode()) for row in rows))
-        report.shards += 1
-        report.rows += len(rows)
-    if not report.rows:
+    for shard, ref in enumerate(snapshot.shards):
+        pinned = _pinned(snapshot, shard, names)
+        note = notes.get(ref.index)
+        if note is None or note["pinned"] != pinned:
+            number = note["number"] if note else None
+            free = sum(n["number"] is not None for n in notes.values())
+            note = _write(snapshot, shard, makers, out, split, free if number is None else number, number)
+            notes[ref.index] = note = {**note, "pinned": pinned}
+            out.put(f"{WRITTEN}/shard-{ref.index:06d}.json", json.dumps(note, sort_keys=True).encode())
+            report.written += note["number"] is not None
+        report.shards += note["number"] is not None
+        report.rows += note["rows"]
+        for reason, rows in note["left_out"].items():
+            report.leave_out(reason, rows)
+    if not report.rows and not grow:
         raise WorkMissing(
             f"{snapshot.dataset.url}: no row of split {split!r} has all of {', '.join(names)}: {report.left_out}"
         )
+    made_by = {name: snapshot.content["modalities"][name].get("provenance", []) for name in names}
     done = {"complete": True, "shards": report.shards, "rows": report.rows, "left_out": report.left_out}
+    done |= {"licenses": snapshot.licenses(names), "provenance": made_by}
     out.put(MARKER, json.dumps(facts | done, indent=1, sort_keys=True).encode())
     return report
 
@@ -112,16 +133,29 @@ def chosen_modalities(
     return sorted(set(modalities))
 
 
-def _facts(snapshot: Snapshot, names: Sequence[str], split: str) -> dict[str, Any]:
-    size = str(snapshot.image_size)
+def _facts(snapshot: Snapshot, names: Sequence[str], split: str, grow: bool) -> dict[str, Any]:
+    """What makes this export this one, and what an import must know. One that grows is of no single snapshot."""
+    size, identity = str(snapshot.image_size), snapshot.dataset.identity
     references = {name: snapshot.modalities[name].reference_name.replace("{size}", size) for name in names}
-    return {
+    entries = snapshot.content["modalities"]
+    facts = {
         "format": 1,
-        "snapshot": snapshot.digest,
         "split": split,
         "modality_name_map": {name: reference or name for name, reference in references.items()},
+        "modalities": {
+            name: {**modality_json(snapshot.modalities[name]), **{k: entries[name].get(k) for k in PINNED}}
+            for name in names
+        },
+        "dataset": {
+            **{key: identity[key] for key in IDENTITY if key in identity},
+            "digest": snapshot.dataset.digest,
+            "image_size": snapshot.image_size,
+            "n_crops": snapshot.n_crops,
+        },
+        **({"grows": True} if grow else {"snapshot": snapshot.digest}),
         "complete": False,
     }
+    return dict(json.loads(json.dumps(facts)))  # as it is read back
 
 
 def claim(out: Store, facts: Mapping[str, Any]) -> None:
@@ -134,6 +168,62 @@ def claim(out: Store, facts: Mapping[str, Any]) -> None:
                 f"{out.url} is not empty and holds no export like this one; choose another folder"
             )
     out.put(MARKER, json.dumps(facts, indent=1, sort_keys=True).encode())
+
+
+def written_shards(out: Store) -> dict[int, dict[str, Any]]:
+    """By the dataset's shard, what an export noted of it: "number" of its tars (None: no row was left), "rows", "tars"."""
+    names = [f"{WRITTEN}/{name}" for name in out.names(WRITTEN)]
+    found = {}
+    for name, raw in zip(names, out.map(out.read, names), strict=True):
+        try:
+            note = dict(json.loads(raw))
+            found[int(note["index"])] = note
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{out.url}/{name} is damaged ({error}); remove it") from error
+    return found
+
+
+def _pinned(snapshot: Snapshot, shard: int, names: Sequence[str]) -> dict[str, Any]:
+    """What the tars of a shard are a function of."""
+    ref = snapshot.content["shards"][shard]
+    files = {name: ref["columns"][name]["sha256"] for name in ("samples", *names)}
+    return {"files": files, "kept": snapshot.shards[shard].kept}
+
+
+def _put_tokenizers(snapshot: Snapshot, names: Sequence[str], out: Store) -> None:
+    for name in names:
+        short = snapshot.tokenizer(name)
+        if short is not None and snapshot.modalities[name].kind == "sequence":
+            folder = snapshot.dataset.tokenizer_folder(name, short)
+            for file in sorted(folder.iterdir()):
+                out.put_if_absent(f"{TOKENIZERS}/{name}/{short}/{file.name}", file.read_bytes())
+
+
+def _write(
+    snapshot: Snapshot, shard: int, makers: Mapping[str, Maker], out: Store, split: str, number: int, had: int | None
+) -> dict[str, Any]:  # fmt: skip
+    """Write one shard's tars as ``number``; the note of it. ``had``: a number that it has already, and keeps without rows."""
+    report = ExportReport()
+    samples = snapshot.dataset.table(snapshot.shards[shard].files["samples"])
+    columns = {name: snapshot.column(shard, name) for name in makers}
+    rows = _rows(samples, columns, split, snapshot.is_kept(shard), report)
+    index = snapshot.shards[shard].index
+    note: dict[str, Any] = {"index": index, "rows": len(rows), "left_out": report.left_out}
+    if not len(rows) and had is None:
+        return {**note, "number": None, "tars": {}}
+    stems = [f"{index:06d}_{row:06d}" for row in rows]
+    cells = {name: make(shard, columns[name], samples, rows) for name, make in makers.items()}
+    cells |= {
+        CROPS: crop_cells(samples, rows),
+        KEY: key_cells(samples, rows),
+        SIZE: size_cells(samples, rows),
+    }
+    tars = {folder: _put(out, f"{folder}/{tar_name(number)}", stems, made) for folder, made in cells.items()}
+    return {**note, "number": number, "tars": tars}
+
+
+def tar_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
 
 
 def _rows(
@@ -154,97 +244,8 @@ def _rows(
     return np.flatnonzero(keep)
 
 
-def _put(out: Store, folder: str, shard: int, stems: Sequence[str], cells: Iterator[Cell]) -> None:
+def _put(out: Store, name: str, stems: Sequence[str], cells: Iterator[Cell]) -> dict[str, Any]:
     members = ((f"{stem}.{ending}", data) for stem, (ending, data) in zip(stems, cells, strict=True))
-    out.put(f"{folder}/shard-{shard:05d}.tar", write_tar(members))
-
-
-# -- cells by modality --------------------------------------------------------------------------------
-
-Maker = Callable[[int, Column, pa.Table, np.ndarray], Iterator[Cell]]
-
-
-def _maker(snapshot: Snapshot, name: str, decode: Mapping[str, Decode]) -> Maker:
-    """What makes the cells of one modality, or ConfigError where that can't be done."""
-    modality = snapshot.modalities[name]
-    if modality.kind in ("grid", "vector", "embedding"):
-        return lambda shard, column, samples, rows: _array_cells(column, rows, modality)
-    if modality.kind == "scalar":
-        return lambda shard, column, samples, rows: (_json(float(column.cells(row)[0])) for row in rows)
-    if name == CAPTION.name:
-        return lambda shard, column, samples, rows: (_json(samples["captions"][row].as_py()) for row in rows)
-    if modality.contract.form == "boxes":
-        return _box_maker(snapshot, name, decode.get(name))
-    raise ConfigError(
-        f"modality {name!r} ({modality.kind} of {modality.contract.form}) has no place in the exported layout: that code "
-        "crops pixels from the original images and tokenizes texts itself; leave it out"
-    )
-
-
-def _array_cells(column: Column, rows: np.ndarray, modality: Modality) -> Iterator[Cell]:
-    assert column.tokens is not None
-    dtype: type = np.float16
-    if modality.kind != "embedding":
-        dtype = np.int16 if modality.vocab_size <= np.iinfo(np.int16).max + 1 else np.int32
-    for row in rows:
-        tokens = column.tokens[row]
-        if dtype is np.int16 and tokens.max(initial=0) > np.iinfo(np.int16).max:
-            raise DatasetError(
-                f"{modality.name!r} has token {tokens.max()}, outside its vocabulary of {modality.vocab_size}"
-            )
-        yield "npy", npy_bytes(tokens.astype(dtype))
-
-
-def _crop_cells(samples: pa.Table, rows: np.ndarray) -> Iterator[Cell]:
-    for row in rows:
-        yield "npy", npy_bytes(np.array(samples["crops"][row].as_py(), np.int64).reshape(-1, 5))
-
-
-def _json(value: Any) -> Cell:
-    return "json", json.dumps(value, ensure_ascii=False).encode()
-
-
-def _box_maker(snapshot: Snapshot, name: str, decode: Decode | None) -> Maker:
-    modality, dataset = snapshot.modalities[name], snapshot.dataset
-    recipe = dataset.recipe(name, snapshot.content["modalities"][name]["recipe"])
-    label = Recipe("label", recipe["label"]).short if "label" in recipe else ""
-    kept = dataset.finished(name, label) if label else set()
-    lacking = [shard.index for shard in snapshot.shards if shard.index not in kept]
-    if lacking and (decode is None or snapshot.n_crops != 1):
-        raise ConfigError(
-            f"modality {name!r}: labels of {len(lacking)} shards were not kept, and boxes of whole images can't be made "
-            f"from crops; set modalities.{name}.keep_labels: true and build, or leave {name} out"
-        )
-
-    def make(shard: int, column: Column, samples: pa.Table, rows: np.ndarray) -> Iterator[Cell]:
-        index = snapshot.shards[shard].index
-        if index not in lacking:
-            labels = read_labels(dataset.store.read(dataset.receipt(name, label, index).file), modality)
-            found = [labels[int(row)] for row in rows]
-        else:
-            assert decode is not None
-            decoded = decode([column.cells(int(row)) for row in rows])
-            found = [_in_image(boxes, samples, int(row)) for boxes, row in zip(decoded, rows, strict=True)]
-        for boxes, row in zip(found, rows, strict=True):
-            if isinstance(boxes, Absent):
-                raise DatasetError(
-                    f"{name!r}, shard {index}, row {row}: has tokens, but its kept label is absent"
-                )
-            yield _json({"instances": list(_instances(boxes, modality.contract.classes))})
-
-    return make
-
-
-def _instances(boxes: Boxes, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for xyxy, class_id, score in zip(
-        boxes.xyxy.tolist(), boxes.class_ids.tolist(), boxes.scores.tolist(), strict=True
-    ):
-        yield {"boxes": xyxy, "class_name": classes[class_id] if classes else str(class_id), "score": score}
-
-
-def _in_image(boxes: Boxes, samples: pa.Table, row: int) -> Boxes:
-    """Boxes of crop 0 (never flipped), as boxes of the image."""
-    top, left, height, width, _ = samples["crops"][row].as_py()[:5]
-    image = np.array([samples["width"][row].as_py(), samples["height"][row].as_py()] * 2, np.float64)
-    xyxy = boxes.xyxy.astype(np.float64) * [width, height, width, height] + [left, top, left, top]
-    return Boxes((xyxy / image).astype(np.float32), boxes.class_ids, boxes.scores)
+    data = write_tar(members)
+    out.put(name, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

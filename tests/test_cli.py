@@ -26,7 +26,7 @@ from fourmill.flows import cli
 COMMANDS = (
     "demo", "plan", "build", "label", "tokenize", "fit-tokenizers", "train",
     "status", "report", "export", "inspect", "gc", "doctor", "labelers",
-    "new-labeler", "check-labeler", "import-labels",
+    "new-labeler", "check-labeler", "import-labels", "import-webdataset",
 )  # fmt: skip
 
 
