@@ -1,19 +1,16 @@
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from fourmill.errors import CheckpointError, ConfigError, ContractError
 from fourmill.labels import Boxes
-from fourmill.modality import CAPTION, RGB_PIXELS, LabelContract, Modality
+from fourmill.modality import CAPTION, LabelContract, Modality
 from fourmill.tokenize.base import load_codec
 from fourmill.tokenize.boxes import BoxesCodec
 from fourmill.tokenize.fit import fit_codec
-from fourmill.tokenize.pixels import PixelsCodec
 from fourmill.tokenize.text import TextCodec
 from fourmill.tokenize.vocabulary import Vocabulary, train_vocabulary
 
@@ -152,51 +149,3 @@ def test_a_vocabulary_is_trained_where_none_is_given(tmp_path: Path) -> None:
     assert sorted(Vocabulary.load(tmp_path).classes) == ["box", "potted plant", "sphere", "wall"]
     with pytest.raises(ConfigError, match="needs a vocabulary"):
         fit_codec(CAPTION, [], [], image_size=64, options={}, out=tmp_path / "none")
-
-
-def smooth_crop(size: int) -> np.ndarray:
-    ramp = np.linspace(0, 255, size)
-    return np.stack(
-        [np.tile(ramp, (size, 1)), np.tile(ramp[:, None], (1, size)), np.full((size, size), 90.0)], -1
-    ).astype(np.uint8)
-
-
-@pytest.mark.parametrize(("options", "worst"), [({"format": "png"}, 0), ({"lossless": True}, 0), ({}, 12)])
-def test_pixels_come_back(options: dict[str, object], worst: int, tmp_path: Path) -> None:
-    fit_codec(RGB_PIXELS, [], [], image_size=64, options=options, out=tmp_path)
-    codec = load_codec(tmp_path, RGB_PIXELS, 64)
-    assert codec.modality.num_tokens == 16 and not codec.needs_fit
-    crop = smooth_crop(64)
-    (stored,) = codec.encode([crop])
-    assert isinstance(stored, bytes)
-    (back,) = codec.decode([stored])
-    assert back.shape == (64, 64, 3) and back.dtype == np.uint8
-    assert np.abs(back.astype(int) - crop).max() <= worst
-
-
-def test_pixels_of_another_size_or_kind_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = PixelsCodec(RGB_PIXELS, 64)
-    bomb, jpeg = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (2000, 2000)).save(bomb, "PNG")
-    Image.new("RGB", (64, 64)).save(jpeg, "JPEG")
-    decoded: list[int] = []
-    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: decoded.append(1))
-    for bad, match in (
-        (bomb.getvalue(), "2000 x 2000"),
-        (jpeg.getvalue(), "cannot be decoded"),
-        (b"", "decoded"),
-    ):
-        with pytest.raises(ContractError, match=match):
-            codec.decode([bad])
-    with pytest.raises(ContractError, match="not bytes"):
-        codec.decode([np.zeros(3, np.uint16)])
-    assert not decoded
-    with pytest.raises(ContractError, match="wanted is uint8"):
-        codec.encode([smooth_crop(32)])
-
-
-def test_pixel_options_are_checked() -> None:
-    with pytest.raises(ConfigError, match="webp, png"):
-        PixelsCodec(RGB_PIXELS, 64, format="gif")
-    with pytest.raises(ConfigError, match="1 to 100"):
-        PixelsCodec(RGB_PIXELS, 64, quality=0)
