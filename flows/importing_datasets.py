@@ -200,7 +200,9 @@ def _told(facts: Mapping[str, Any], url: str) -> TreeConfig:
     """The numbers of the dataset that was exported."""
     try:
         said = facts.get("dataset", {})
-        return TreeConfig.model_validate({k: said.get(k) for k in TreeConfig.model_fields if k != "modalities"})
+        return TreeConfig.model_validate(
+            {k: said.get(k) for k in TreeConfig.model_fields if k != "modalities"}
+        )
     except ValidationError as error:
         raise DatasetError(f"{url}/{MARKER} is damaged: {' '.join(str(error).split())[:200]}") from error
 

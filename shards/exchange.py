@@ -124,9 +124,9 @@ def _palettes(value: Any, classes: Sequence[str], size: Size) -> Palettes:
         if number not in map(str, range(1, MAX_COLOURS + 1)):
             raise ValueError(f"has a palette of {number!r} colours")
         table = _numbers(palette, (3,), "palette")
-        if len(table) != int(number) or table.min() < 0 or table.max() > 255 or (table % 1).any():
+        if len(table) != int(number) or table.min() < 0 or table.max() > 255:
             raise ValueError(f"has a palette of {number} colours that are not so many triples of 0 to 255")
-        colours.append(table.astype(np.uint8))
+        colours.append(np.rint(table).astype(np.uint8))  # as that code writes them
     return Palettes(tuple(colours))
 
 
@@ -154,11 +154,10 @@ def _poses_json(poses: Poses, size: Size) -> dict[str, Any]:
 
 
 def _poses(value: Any, classes: Sequence[str], size: Size) -> Poses:
-    if not isinstance(value, (dict, list)):
-        raise TypeError("no object of people")
-    if not value:
+    if value in ({}, []):
         return Poses.empty()
-    assert isinstance(value, dict)
+    if not isinstance(value, dict):
+        raise TypeError("no object of people")
     smpl, count = value["pred_smpl_params"], len(_items(value["bbox_xyxy"]))
     ids = _numbers(value["pose_tokenized"], (POSE_TOKENS,), "pose_tokenized")
     if len(ids) != count or ids.min() < 0 or ids.max() >= MAX_TOKEN_ID or (ids % 1).any():
