@@ -1,7 +1,8 @@
 """Processes that end in the middle of something: real SIGKILLs at chosen moments, in processes that tests do not start.
 
 `packages` writes a ``sitecustomize`` that every Python process with it on its path runs first. It watches what the process
-opens, links and removes (Python's audit events), keeps a log of that, and where an order says so, kills its own process.
+opens, links and removes, and what it notes in its journal (audit events of Python's and of ours), keeps a log of that,
+and where an order says so, kills its own process.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def role():
 
 def hook(event, arguments):
     global BUSY
-    if BUSY or event not in ("open", "os.link", "os.remove", "os.rename"):
+    if BUSY or event not in ("open", "os.link", "os.remove", "os.rename", "fourmill.begins", "fourmill.ends"):
         return
     path = arguments[1] if event in ("os.link", "os.rename") else arguments[0]
     path = path.decode() if isinstance(path, bytes) else path if isinstance(path, str) else ""
@@ -91,8 +92,8 @@ RUNNER = {
     "has samples and no receipt": Order("runner", "os.remove", "/ds/samples/"),
 }
 SPECIALIST = {
-    "begins a modality": Order("specialist", "os.rename", ".now"),
-    "ends a modality": Order("specialist", "os.remove", ".now"),
+    "begins a modality": Order("specialist", "fourmill.begins", ".now"),
+    "ends a modality": Order("specialist", "fourmill.ends", ".now"),
     "loads": Order("specialist", "open", "/ds/tokenizers/"),
 }
 DRIVER = {

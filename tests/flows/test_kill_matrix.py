@@ -120,7 +120,7 @@ def check(world: World, url: Path) -> None:
 def work(world: World) -> tuple[int, int]:
     """(images read by runners, modalities that specialists began) so far."""
     log = world.saboteur
-    return log.count("runner", "open", "/photos/"), log.count("specialist", "os.rename", ".now")
+    return log.count("runner", "open", "/photos/"), log.count("specialist", "fourmill.begins", ".now")
 
 
 #: an image file and its caption
