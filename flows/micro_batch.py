@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fourmill.labelers.figures import Measured
+from fourmill.labelers.figures import Measures
 from fourmill.labels import Absent, Label, parts_of
 from fourmill.shards.arrow import Cell
 
@@ -70,7 +70,7 @@ class MicroResult:
 
     values: dict[str, list[Cell]] = field(default_factory=dict)
     labels: dict[str, list[Label]] = field(default_factory=dict)
-    measured: dict[str, list[Measured | None]] = field(default_factory=dict)  # of each row's label and tokens
+    measured: dict[str, Measures] = field(default_factory=dict)  # of each row's label and tokens
     failed: dict[str, Failure] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # phase, or "phase modality"
 
@@ -85,19 +85,22 @@ class MicroResult:
     def take_rows(self, other: MicroResult, rows: Collection[int]) -> None:
         """Take over these rows of modalities that both have."""
         pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (self.values, other.values), (self.labels, other.labels), (self.measured, other.measured),
-        ]  # fmt: skip
+            (self.values, other.values),
+            (self.labels, other.labels),
+        ]
         for mine, theirs in pairs:
             for name, column in theirs.items():
                 for row in rows:
                     mine[name][row] = column[row]
+        for name, measures in other.measured.items():
+            self.measured[name].put(list(rows), measures, list(rows))
 
     def set_aside(self, row: int, reason: str) -> None:
         for columns in (self.values, self.labels):
             for column in columns.values():
                 column[row] = Absent(reason)
-        for measured in self.measured.values():
-            measured[row] = None
+        for measures in self.measured.values():
+            measures.seen[row] = False
 
 
 #: the key of what specialists are tried on, which no source has

@@ -15,7 +15,7 @@ from fourmill.flows.micro_batch import MicroResult
 from fourmill.flows.plan import Job
 from fourmill.flows.reading import Decoded
 from fourmill.flows.resolve import Resolved
-from fourmill.labelers.figures import Measured, Tally
+from fourmill.labelers.figures import Measures, Tally
 from fourmill.labels import Absent, Label
 from fourmill.shards.samples import sample_table
 from fourmill.shards.sources.base import Row
@@ -28,6 +28,11 @@ class Again:
     epochs: dict[str, int] = field(default_factory=dict)
     redo: dict[str, np.ndarray] = field(default_factory=dict)  # bool (rows,): these cells are
 
+    def rows(self, name: str, start: int, rows: Sequence[int]) -> Sequence[int]:
+        """Those of a micro-batch's rows that are made in this job."""
+        redo = self.redo.get(name)
+        return rows if redo is None else [i for i in rows if redo[start + i]]
+
 
 class ShardContent:
     """What was made of one shard so far, by row. Columns that were given up are gone."""
@@ -35,9 +40,7 @@ class ShardContent:
     def __init__(self, rows: int, job: Job) -> None:
         self.labels: dict[str, list[Label]] = {name: [Absent("not made")] * rows for name in job.labels}
         self.values: dict[str, list[Any]] = {name: [Absent("not made")] * rows for name in job.tokens}
-        self.measured: dict[str, list[Measured | None]] = {
-            n: [None] * rows for n in (*job.labels, *job.tokens)
-        }
+        self.measured = {name: Measures.none(rows) for name in (*job.labels, *job.tokens)}
         self.again = Again()
         self.labels_again = Again()
         self.samples: pa.Table = None
@@ -67,15 +70,16 @@ class ShardContent:
         sides: list[tuple[dict[str, list[Any]], Mapping[str, Sequence[Any]], Again]] = [
             (self.labels, result.labels, self.labels_again),
             (self.values, result.values, self.again),
-            (self.measured, result.measured, self.again),
         ]
         for target, made, again in sides:
             for name, values in made.items():
                 if name in target:
-                    redo = again.redo.get(name)
-                    for i in rows:
-                        if redo is None or redo[start + i]:
-                            target[name][start + i] = values[i]
+                    for i in again.rows(name, start, rows):
+                        target[name][start + i] = values[i]
+        for name, measures in result.measured.items():
+            if name in self.measured:
+                taken = self.again.rows(name, start, rows)
+                self.measured[name].put([start + i for i in taken], measures, taken)
         for name in {*result.labels, *result.values} & set(self.absent):
             cells: list[Any] = result.values.get(name) or result.labels[name]
             self.absent[name].update(cells[i].reason for i in rows if isinstance(cells[i], Absent))
@@ -86,11 +90,7 @@ class ShardContent:
 
     def tally(self, name: str) -> Tally:
         """What was measured of the column's rows."""
-        total = Tally()
-        for measured in self.measured[name]:
-            if measured is not None:
-                total.add(measured)
-        return total
+        return Tally.of(self.measured[name])
 
 
 def warm_up(n_crops: int) -> None:

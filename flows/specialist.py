@@ -26,7 +26,8 @@ from fourmill.flows.journal import Journal
 from fourmill.flows.micro_batch import Failure, MicroBatch, MicroResult, sample_batch
 from fourmill.flows.resolve import Wanted
 from fourmill.labelers.base import LabelBatch, Labeler
-from fourmill.labelers.figures import Measured, measure, measure_tokens
+from fourmill.labelers.figures import Measures
+from fourmill.labelers.measure import measure, measure_tokens
 from fourmill.labelers.quality import check
 from fourmill.labels import NO_CAPTION, Absent, Label
 from fourmill.modality import Modality
@@ -182,7 +183,7 @@ class Specialist:
             if name in tokens and name in made:
                 with self._guarded(name, task, result, "tokenize"):
                     result.values[name] = self._tokenize(wanted, batch, made[name])
-                    _measure_tokens(wanted.modality, result.values[name], result.measured[name])
+                    measure_tokens(wanted.modality, result.values[name], result.measured[name])
         result.labels = {name: made[name] for name in labels if name not in result.failed}
         return result
 
@@ -329,21 +330,11 @@ def environment(device: str) -> dict[str, str]:
 
 def _measured(
     wanted: Wanted, batch: MicroBatch, labels: Sequence[Label], noted: Mapping[str, list[float]]
-) -> list[Measured | None]:
+) -> Measures:
     """Of each row that has an image; of features and other labels by crop, the first crop."""
-    found: list[Measured | None] = []
-    for row, label in enumerate(labels):
-        one = label[0] if wanted.sees_crops and isinstance(label, np.ndarray) else label
-        of_row = {name: values[row] for name, values in noted.items() if row < len(values)}
-        found.append(measure(wanted.modality, one, of_row) if batch.present[row] else None)
-    return found
-
-
-def _measure_tokens(modality: Modality, cells: Sequence[Cell], measured: list[Measured | None]) -> None:
-    for row, cell in enumerate(cells):
-        of_row = measured[row]
-        if of_row is not None and not isinstance(cell, Absent):
-            measured[row] = replace(of_row, figures={**of_row.figures, **measure_tokens(modality, cell)})
+    if wanted.sees_crops:
+        labels = [label[0] if isinstance(label, np.ndarray) else label for label in labels]
+    return measure(wanted.modality, labels, noted, batch.present)
 
 
 def _from_source(modality: Modality, batch: MicroBatch) -> list[Label]:

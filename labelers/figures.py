@@ -1,7 +1,7 @@
 """What is measured of every label: a few numbers per image, added up by shard.
 
-They cost a fraction of a millisecond per image, are stored in receipts, and are what a shard is judged by: against limits
-when it is committed, and against other shards by `fourmill qa`. A figure is one number per image (its sum and its sum of squares are
+They are taken of a whole micro-batch at a time (`fourmill.labelers.measure`), stored in receipts, and are what a shard is
+judged by: against limits when it is committed, and against other shards by `fourmill qa`. A figure is one number per image (its sum and its sum of squares are
 kept, so that a difference between shards can be held against the differences between images); shares say which part of an
 image's pixels, boxes or vectors lies in which bin or class.
 """
@@ -9,20 +9,14 @@ image's pixels, boxes or vectors lies in which bin or class.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from fourmill.labels import Absent, Boxes, Instances, Label, Metadata, Palettes, Poses
 from fourmill.modality import LabelContract, Modality
 
 LOOKED_AT = 64  # at most so many pixels along each side of a map
-BINS = 16
-SMALLEST = 2.0**-20  # what is nearer to zero falls into one bin with it
 _DIGITS = 6  # of sums that are stored
 
 #: the figures of each form of label; a labeler may note others, and modalities that are tokenized have TOKEN_FIGURES too
@@ -48,197 +42,85 @@ TOKEN_FIGURES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Of one label. ``shares`` add up to one, or are empty."""
-
-    figures: Mapping[str, float]
-    shares: Mapping[str, float] = field(default_factory=dict)
-
-
 def figure_names(modality: Modality, noted: Iterable[str] = ()) -> tuple[str, ...]:
     """Everything that can be asked of this modality's figures."""
-    return (*FIGURES[_form(modality.contract)], *TOKEN_FIGURES.get(modality.kind, ()), *noted)
+    return (*FIGURES[form_of(modality.contract)], *TOKEN_FIGURES.get(modality.kind, ()), *noted)
 
 
-def measure(modality: Modality, label: Label, noted: Mapping[str, float] | None = None) -> Measured | None:
-    """A label that keeps its contract; None for one that is absent. ``noted``: what its labeler said of it."""
-    if isinstance(label, Absent):
-        return None
-    contract = modality.contract
-    found = _MEASURES[_form(contract)](label, contract)
-    return Measured({**found.figures, **noted}, found.shares) if noted else found
-
-
-def measure_tokens(modality: Modality, values: Sequence[Any]) -> dict[str, float]:
-    """Of the token ids of an image's crops."""
-    if modality.kind == "grid":
-        return {"distinct tokens": float(np.mean([len(np.unique(value)) for value in values]))}
-    if modality.kind == "sequence":
-        return {"tokens": float(np.mean([len(value) for value in values]))}
-    return {}
-
-
-def _form(contract: LabelContract) -> str:
+def form_of(contract: LabelContract) -> str:
     if contract.form == "map":
         return "classes" if contract.classes else "vectors" if contract.unit_norm else "map"
     return contract.form
 
 
-def _look(label: np.ndarray) -> np.ndarray:
-    """Every n-th row and column."""
-    step_y, step_x = (max(1, side // LOOKED_AT) for side in label.shape[:2])
-    return label[step_y // 2 :: step_y, step_x // 2 :: step_x]
+# -- of images ----------------------------------------------------------------------------------------
 
 
-def _is_constant(values: np.ndarray) -> float:
-    """1.0 where everything is the same: a network that saw nothing, or does not work."""
-    low, high = float(values.min()), float(values.max())
-    return float(high - low <= 1e-6 * max(abs(low), abs(high)))
+@dataclass
+class Measures:
+    """Of the labels of several images, by row. ``seen`` bool (rows,): False where there is no label.
+
+    ``values`` float64 (rows, figures), NaN where a label has no such figure; ``shares`` float64 (rows, bins): of a row they
+    add up to one, or all are zero.
+    """
+
+    figures: tuple[str, ...]
+    values: np.ndarray
+    bins: tuple[str, ...]
+    shares: np.ndarray
+    seen: np.ndarray
+
+    @classmethod
+    def none(cls, rows: int) -> Measures:
+        return cls((), np.zeros((rows, 0)), (), np.zeros((rows, 0)), np.zeros(rows, bool))
+
+    @classmethod
+    def of(
+        cls,
+        figures: Sequence[Mapping[str, float]],
+        shares: Sequence[Mapping[str, float]] | None = None,
+    ) -> Measures:
+        """Of rows that were measured one by one."""
+        made = cls.none(len(figures))
+        made.seen[:] = True
+        made.figures, made.values = _table(figures, np.nan)
+        if shares is not None:
+            made.bins, made.shares = _table(shares, 0.0)
+        return made
+
+    def add(self, figure: str, values: np.ndarray) -> None:
+        """One more figure, float (rows,), NaN where a row has none."""
+        self.figures = (*self.figures, figure)
+        self.values = np.column_stack([self.values, values])
+
+    def put(self, at: Sequence[int], other: Measures, rows: Sequence[int]) -> None:
+        """Row for row, put ``rows`` of another in place of the ones ``at`` these indices."""
+        here, there = np.asarray(at, np.intp), np.asarray(rows, np.intp)
+        self.figures, self.values = _put(
+            self.figures, self.values, here, other.figures, other.values[there], np.nan
+        )
+        self.bins, self.shares = _put(self.bins, self.shares, here, other.bins, other.shares[there], 0.0)
+        self.seen[here] = other.seen[there]
 
 
-def _map(label: np.ndarray, contract: LabelContract) -> Measured:
-    seen = _look(label).astype(np.float64)
-    figures = {"mean": seen.mean(), "spread": seen.std(), "constant": _is_constant(seen)}
-    return Measured(_floats(figures), _binned(seen, contract))
+def _table(rows: Sequence[Mapping[str, float]], blank: float) -> tuple[tuple[str, ...], np.ndarray]:
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    values = np.array([[row.get(name, blank) for name in names] for row in rows], np.float64)
+    return names, values.reshape(len(rows), len(names))
 
 
-def _vectors(label: np.ndarray, contract: LabelContract) -> Measured:
-    seen = _look(label).reshape(-1, label.shape[-1]).astype(np.float64)
-    mean = seen.mean(axis=0)
-    figures = dict(zip("xyz", mean, strict=False))  # unit vectors have three channels
-    figures |= {"spread": 1 - np.linalg.norm(mean), "constant": _is_constant_vectors(seen)}
-    return Measured(_floats(figures), _linear(seen[:, -1], -1.0, 1.0))
-
-
-def _is_constant_vectors(vectors: np.ndarray) -> float:
-    return float(np.ptp(vectors, axis=0).max() <= 1e-6)
-
-
-def _classes(label: np.ndarray, contract: LabelContract) -> Measured:
-    ids, counts = np.unique(_look(label), return_counts=True)
-    shares = counts / counts.sum()
-    figures = {"classes": len(ids), "largest": shares.max(), "constant": len(ids) == 1}
-    return Measured(
-        _floats(figures), {contract.classes[i]: float(s) for i, s in zip(ids, shares, strict=True)}
-    )
-
-
-def _boxes(label: Boxes, contract: LabelContract) -> Measured:
-    figures: dict[str, float] = {"boxes": len(label), "empty": len(label) == 0}
-    if len(label):
-        width, height = (label.xyxy[:, 2:] - label.xyxy[:, :2]).T
-        figures |= {"score": label.scores.mean(), "area": (width * height).mean()}
-    names = [contract.classes[i] if contract.classes else str(i) for i in label.class_ids]
-    return Measured(_floats(figures), {name: names.count(name) / len(names) for name in set(names)})
-
-
-def _metadata(label: Metadata, contract: LabelContract) -> Measured:
-    shares = {name: 1 / len(label) for name in label.values}
-    return Measured(_floats({"fields": len(label), "empty": len(label) == 0}), shares)
-
-
-def _palette(label: Palettes, contract: LabelContract) -> Measured:
-    return Measured(_floats({"palettes": len(label), "empty": len(label) == 0}))
-
-
-def _poses(label: Poses, contract: LabelContract) -> Measured:
-    return _counted("people", label.xyxy)
-
-
-def _instances(label: Instances, contract: LabelContract) -> Measured:
-    return _counted("instances", label.xyxy)
-
-
-def _counted(name: str, xyxy: np.ndarray) -> Measured:
-    figures: dict[str, float] = {name: len(xyxy), "empty": len(xyxy) == 0}
-    if len(xyxy):
-        width, height = (xyxy[:, 2:] - xyxy[:, :2]).T
-        figures["area"] = (width * height).mean()
-    return Measured(_floats(figures))
-
-
-def _features(label: np.ndarray, contract: LabelContract) -> Measured:
-    vectors = label.reshape(-1, label.shape[-1]).astype(np.float64)
-    norms = np.linalg.norm(vectors, axis=1)
-    directions = vectors / np.maximum(norms, 1e-12)[:, None]
-    spread = 1 - np.linalg.norm(directions.mean(axis=0))
-    figures = {
-        "norm": norms.mean(),
-        "spread": spread,
-        "constant": len(vectors) > 1 and np.ptp(vectors, axis=0).max() <= 1e-6,
-    }
-    return Measured(_floats(figures), _binned(norms, LabelContract(form="vector", dtype="float32")))
-
-
-def _vector(label: np.ndarray, contract: LabelContract) -> Measured:
-    seen = label.astype(np.float64)
-    figures = {
-        "mean": seen.mean(),
-        "norm": math.sqrt(float(seen @ seen)),
-        "constant": len(seen) > 1 and _is_constant(seen),
-    }
-    return Measured(_floats(figures), _binned(seen, contract))
-
-
-def _text(label: Sequence[str], contract: LabelContract) -> Measured:
-    words = [len(text.split()) for text in label]
-    return Measured(_floats({"words": np.mean(words) if words else 0, "empty": not any(words)}))
-
-
-def _scalar(label: float, contract: LabelContract) -> Measured:
-    return Measured({"value": float(label)}, _binned(np.array([float(label)]), contract))
-
-
-def _image(label: np.ndarray, contract: LabelContract) -> Measured:
-    seen = _look(label).mean(axis=-1) / 255
-    figures = {"brightness": seen.mean(), "contrast": seen.std(), "constant": _is_constant(seen)}
-    return Measured(_floats(figures), _linear(seen, 0.0, 1.0))
-
-
-_MEASURES: dict[str, Callable[[Any, LabelContract], Measured]] = {
-    "map": _map,
-    "vectors": _vectors,
-    "classes": _classes,
-    "boxes": _boxes,
-    "metadata": _metadata,
-    "palette": _palette,
-    "poses": _poses,
-    "instances": _instances,
-    "features": _features,
-    "vector": _vector,
-    "text": _text,
-    "scalar": _scalar,
-    "image": _image,
-}
-
-
-def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in figures.items()}
-
-
-def _binned(values: np.ndarray, contract: LabelContract) -> dict[str, float]:
-    """Between known bounds in equal steps, else in half octaves; a bin is named by its lower edge."""
-    if contract.low is not None and contract.high is not None:
-        return _linear(values, contract.low, contract.high)
-    octaves = np.floor(2 * np.log2(np.maximum(np.abs(values), SMALLEST))).astype(int)
-    found, counts = np.unique(2 * octaves + (values < 0), return_counts=True)
-    return {
-        f"{'-' if code % 2 else ''}{2 ** (code // 2 / 2):.3g}": float(count) / values.size
-        for code, count in zip(found, counts, strict=True)
-    }
-
-
-def _linear(values: np.ndarray, low: float, high: float) -> dict[str, float]:
-    width = (high - low) / BINS or 1.0
-    bins = np.minimum(np.maximum((values.ravel() - low) * (1 / width), 0), BINS - 1).astype(np.intp)
-    counts = np.bincount(bins, minlength=BINS).tolist()
-    return {name: count / values.size for name, count in zip(_edges(low, high), counts, strict=True) if count}
-
-
-@lru_cache(maxsize=64)
-def _edges(low: float, high: float) -> tuple[str, ...]:
-    return tuple(f"{low + i * (high - low) / BINS:.3g}" for i in range(BINS))
+def _put(
+    names: tuple[str, ...], table: np.ndarray, at: np.ndarray, others: tuple[str, ...], rows: np.ndarray,
+    blank: float,
+) -> tuple[tuple[str, ...], np.ndarray]:  # fmt: skip
+    """A table by named columns that it may not have yet."""
+    known = names
+    if others != names:
+        known = (*names, *(name for name in dict.fromkeys(others) if name not in names))
+        table = np.column_stack([table, np.full((len(table), len(known) - len(names)), blank)])
+    table[at] = blank
+    table[at[:, None], [known.index(name) for name in others]] = rows
+    return known, table
 
 
 # -- of a shard ---------------------------------------------------------------------------------------
@@ -252,12 +134,19 @@ class Tally:
     sums: dict[str, list[float]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
 
-    def add(self, measured: Measured) -> None:
-        self.rows += 1
-        for name, value in measured.figures.items():
-            self._add(name, [1.0, value, value * value])
-        for name, share in measured.shares.items():
-            self.shares[name] = self.shares.get(name, 0.0) + share
+    @classmethod
+    def of(cls, measures: Measures) -> Tally:
+        """Rows are added in their order: how they were divided into micro-batches makes no difference."""
+        seen = measures.seen
+        total = cls(int(seen.sum()))
+        for name, column in zip(measures.figures, measures.values[seen].T, strict=True):
+            known = column[~np.isnan(column)]
+            if len(known):
+                total._add(name, [float(len(known)), float(known.sum()), float((known * known).sum())])
+        for name, column in zip(measures.bins, measures.shares[seen].T, strict=True):
+            if column.any():
+                total.shares[name] = total.shares.get(name, 0.0) + float(column.sum())
+        return total
 
     def merge(self, other: Tally) -> None:
         self.rows += other.rows
@@ -350,7 +239,7 @@ def judge(modality: Modality, tally: Tally, limits: Mapping[str, Limit]) -> Judg
     if tally.rows < JUDGED_ROWS:
         return Judgement()
     warnings = []
-    for name, limit in {**DEFAULT_LIMITS.get(_form(modality.contract), {}), **limits}.items():
+    for name, limit in {**DEFAULT_LIMITS.get(form_of(modality.contract), {}), **limits}.items():
         mean = tally.mean(name)
         if mean is None:
             continue

@@ -16,7 +16,7 @@ from fourmill.errors import ConfigError, WorkMissing
 from fourmill.flows.build import build
 from fourmill.flows.qa import FIRST, OTHERS, Odd, examine
 from fourmill.flows.resolve import resolve
-from fourmill.labelers.figures import Measured, Tally
+from fourmill.labelers.figures import Measures, Tally
 from fourmill.labelers.oracle import OracleDepth
 from fourmill.seeds import generator
 from fourmill.shards.dataset import SAMPLES, Dataset
@@ -27,11 +27,11 @@ OLD = Recipe("samples", {"seed": 0})
 IMAGES = 200
 
 #: image number -> what is measured of it
-Draw = Callable[[np.random.Generator], Measured]
+Draw = Callable[[np.random.Generator], Measures]
 
 
-def usual(draw: np.random.Generator) -> Measured:
-    return Measured({"mean": draw.normal(3, 1), "constant": 0.0}, {"near": 0.7, "far": 0.3})
+def usual(draw: np.random.Generator) -> Measures:
+    return Measures.of([{"mean": draw.normal(3, 1), "constant": 0.0}], [{"near": 0.7, "far": 0.3}])
 
 
 def dataset_of(
@@ -42,7 +42,7 @@ def dataset_of(
     for shard, draw in shards.items():
         tally, random = Tally(), generator(shard, "figures")
         for _ in range(IMAGES):
-            tally.add(draw(random))
+            tally.merge(Tally.of(draw(random)))
         for column, recipe in ((SAMPLES, OLD), ("depth", RECIPE)):
             bad = (absent or {}).get(shard, 0) if column == "depth" else 0
             receipt = Receipt(
@@ -76,7 +76,7 @@ def test_sources_whose_shards_differ_by_nature_are_left_in_peace(tmp_path: Path)
     """Each shard is of another web site: they differ, all of them."""
 
     def of_site(site: float) -> Draw:
-        return lambda draw: Measured({"mean": draw.normal(site, 1)})
+        return lambda draw: Measures.of([{"mean": draw.normal(site, 1)}])
 
     sites = generator(5, "sites").normal(3, 1, size=40)
     found = examine(dataset_of(tmp_path, {i: of_site(site) for i, site in enumerate(sites)}))
@@ -87,7 +87,7 @@ def test_a_shard_with_another_mean(tmp_path: Path) -> None:
     dataset = dataset_of(
         tmp_path,
         {i: usual for i in range(12)}
-        | {7: lambda draw: Measured({"mean": draw.normal(4.5, 1), "constant": 0.0})},
+        | {7: lambda draw: Measures.of([{"mean": draw.normal(4.5, 1), "constant": 0.0}])},
         device7="NVIDIA H100",
     )
     (odd,) = [odd for odd in examine(dataset).odd if odd.figure == "mean"]
@@ -98,12 +98,14 @@ def test_a_shard_with_another_mean(tmp_path: Path) -> None:
 
 
 def test_a_small_difference_is_none_however_certain(tmp_path: Path) -> None:
-    slightly: Draw = lambda draw: Measured({"mean": draw.normal(3.3, 1), "constant": 0.0})
+    slightly: Draw = lambda draw: Measures.of([{"mean": draw.normal(3.3, 1), "constant": 0.0}])
     assert odd_in(dataset_of(tmp_path, {i: usual for i in range(12)} | {7: slightly})) == set()
 
 
 def test_a_share_that_rises(tmp_path: Path) -> None:
-    broken: Draw = lambda draw: Measured({"mean": draw.normal(3, 1), "constant": float(draw.random() < 0.5)})
+    broken: Draw = lambda draw: Measures.of(
+        [{"mean": draw.normal(3, 1), "constant": float(draw.random() < 0.5)}]
+    )
     assert odd_in(dataset_of(tmp_path, {i: usual for i in range(12)} | {3: broken})) == {
         (3, "constant", OTHERS)
     }
@@ -116,7 +118,7 @@ def test_rows_without_a_value(tmp_path: Path) -> None:
 
 
 def test_another_distribution_with_the_same_mean(tmp_path: Path) -> None:
-    swapped: Draw = lambda draw: Measured({"mean": draw.normal(3, 1)}, {"near": 0.2, "far": 0.8})
+    swapped: Draw = lambda draw: Measures.of([{"mean": draw.normal(3, 1)}], [{"near": 0.2, "far": 0.8}])
     assert odd_in(dataset_of(tmp_path, {i: usual for i in range(12)} | {9: swapped})) == {
         (9, "distribution", OTHERS)
     }
@@ -124,14 +126,14 @@ def test_another_distribution_with_the_same_mean(tmp_path: Path) -> None:
 
 def test_what_changed_after_the_first_shards_shows_against_them(tmp_path: Path) -> None:
     """Though most shards are of the new kind: seen from the others, it is the first ones that are odd."""
-    later: Draw = lambda draw: Measured({"mean": draw.normal(5, 1)})
+    later: Draw = lambda draw: Measures.of([{"mean": draw.normal(5, 1)}])
     found = odd_in(dataset_of(tmp_path, {i: usual if i < 8 else later for i in range(30)}))
     assert {shard for shard, figure, against in found if against == FIRST} == set(range(8, 30))
     assert {shard for shard, figure, against in found if against == OTHERS} == set(range(8))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken: Draw = lambda draw: Measured({"mean": 9.0, "constant": 1.0})
+    broken: Draw = lambda draw: Measures.of([{"mean": 9.0, "constant": 1.0}])
     dataset = dataset_of(tmp_path, {i: usual for i in range(6)} | {4: broken})
     assert call_main("qa", dataset.url) == 0
     shown = capsys.readouterr().out

@@ -19,13 +19,12 @@ from fourmill.labelers.figures import (
     FIGURES,
     TOKEN_FIGURES,
     Limit,
-    Measured,
+    Measures,
     Tally,
     figure_names,
     judge,
-    measure,
-    measure_tokens,
 )
+from fourmill.labelers.measure import measure, measure_tokens
 from fourmill.labelers.normal import NORMAL
 from fourmill.labelers.semseg import SEMSEG
 from fourmill.labels import Absent, Boxes
@@ -41,17 +40,27 @@ NORMALS = np.zeros((40, 30, 3), np.float32)
 NORMALS[..., 2] = 1
 
 
+def of_row(measures: Measures, row: int = 0) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures and shares of one row, without what it does not have."""
+    figures = dict(zip(measures.figures, measures.values[row].tolist(), strict=True))
+    shares = dict(zip(measures.bins, measures.shares[row].tolist(), strict=True))
+    return {n: v for n, v in figures.items() if not np.isnan(v)}, {n: v for n, v in shares.items() if v}
+
+
+def measured(modality: Modality, label: Any) -> tuple[dict[str, float], dict[str, float]]:
+    found = measure(modality, [label])
+    assert found.seen.all()
+    return of_row(found)
+
+
 def figures(modality: Modality, label: Any) -> dict[str, float]:
-    found = measure(modality, label)
-    assert found is not None
-    return dict(found.figures)
+    return measured(modality, label)[0]
 
 
 def test_a_map_of_numbers() -> None:
-    found = measure(DEPTH, np.where(np.arange(30) < 15, FLAT, 4 * FLAT))
-    assert found is not None
-    assert found.figures == pytest.approx({"mean": 5.0, "spread": 3.0, "constant": 0.0})
-    assert found.shares == pytest.approx({"2": 0.5, "8": 0.5})
+    found, shares = measured(DEPTH, np.where(np.arange(30) < 15, FLAT, 4 * FLAT))
+    assert found == pytest.approx({"mean": 5.0, "spread": 3.0, "constant": 0.0})
+    assert shares == pytest.approx({"2": 0.5, "8": 0.5})
     assert figures(DEPTH, FLAT)["constant"] == 1
 
 
@@ -72,10 +81,9 @@ def test_unit_vectors() -> None:
 def test_classes() -> None:
     ids = np.zeros((40, 30), np.uint8)
     ids[:10] = 2
-    found = measure(CLASSES, ids)
-    assert found is not None
-    assert found.figures == pytest.approx({"classes": 2, "largest": 0.75, "constant": 0})
-    assert found.shares == pytest.approx({"floor": 0.75, "sphere": 0.25})
+    found, shares = measured(CLASSES, ids)
+    assert found == pytest.approx({"classes": 2, "largest": 0.75, "constant": 0})
+    assert shares == pytest.approx({"floor": 0.75, "sphere": 0.25})
 
 
 def test_boxes() -> None:
@@ -84,10 +92,9 @@ def test_boxes() -> None:
         np.array([1, 1]),
         np.array([0.5, 1], np.float32),
     )
-    found = measure(BOXES, two)
-    assert found is not None
-    assert found.figures == pytest.approx({"boxes": 2, "empty": 0, "score": 0.75, "area": 0.375})
-    assert found.shares == {"dog": 1.0}
+    found, shares = measured(BOXES, two)
+    assert found == pytest.approx({"boxes": 2, "empty": 0, "score": 0.75, "area": 0.375})
+    assert shares == {"dog": 1.0}
     assert figures(BOXES, Boxes.empty()) == {"boxes": 0, "empty": 1}, "no score to speak of"
 
 
@@ -97,18 +104,22 @@ def test_features_text_scalars_and_images() -> None:
     assert figures(CLIP, features) == pytest.approx({"norm": 3, "spread": 0, "constant": 1})
     assert figures(CAPTION, ["a red box", "one"]) == {"words": 2, "empty": 0}
     assert figures(CAPTION, [" "])["empty"] == 1
-    assert measure(SCORE, 0.5) == Measured({"value": 0.5}, {"0.5": 1.0})
+    assert measured(SCORE, 0.5) == ({"value": 0.5}, {"0.5": 1.0})
     grey = np.full((20, 20, 3), 51, np.uint8)
     assert figures(RGB, grey) == pytest.approx({"brightness": 0.2, "contrast": 0, "constant": 1})
 
 
 def test_what_is_absent_is_not_measured() -> None:
-    assert measure(DEPTH, Absent("depth hung")) is None
+    found = measure(DEPTH, [Absent("depth hung"), FLAT, FLAT], present=[True, True, False])
+    assert found.seen.tolist() == [False, True, False]
+    assert Tally.of(found).sums["mean"] == [1, 2, 4]
+    assert Tally.of(measure(DEPTH, [Absent("depth hung")])) == Tally()
 
 
 def test_what_a_labeler_notes_is_a_figure() -> None:
-    found = measure(DEPTH, FLAT, {"confidence": 0.25})
-    assert found is not None and found.figures["confidence"] == 0.25
+    found = measure(DEPTH, [FLAT, FLAT], {"confidence": [0.25]})
+    assert of_row(found)[0]["confidence"] == 0.25
+    assert "confidence" not in of_row(found, 1)[0], "it said nothing of this one"
     assert figure_names(DEPTH, ("confidence",)) == (
         "mean",
         "spread",
@@ -118,10 +129,66 @@ def test_what_a_labeler_notes_is_a_figure() -> None:
     )
 
 
+BATCHES: dict[str, tuple[Modality, Any]] = {
+    "map": (DEPTH, lambda rng, size: rng.normal(0, 9, size).astype(np.float32)),
+    "vectors": (NORMAL, lambda rng, size: rng.normal(0, 1, (*size, 3)).astype(np.float32)),
+    "classes": (CLASSES, lambda rng, size: rng.integers(0, 3, size).astype(np.uint8)),
+    "features": (CLIP, lambda rng, size: rng.normal(0, 1, (*size, 8)).astype(np.float32)),
+    "image": (RGB, lambda rng, size: rng.integers(0, 256, (*size, 3)).astype(np.uint8)),
+    "boxes": (
+        BOXES,
+        lambda rng, size: (
+            Boxes.empty()
+            if size[0] == 9
+            else Boxes(
+                np.array([[0, 0, *rng.uniform(0.1, 1, 2)]], np.float32),
+                rng.integers(0, 2, 1),
+                rng.random(1).astype(np.float32),
+            )
+        ),
+    ),
+    "scalar": (SCORE, lambda rng, size: float(rng.uniform(-1, 1))),
+}
+
+
+@pytest.mark.parametrize("form", BATCHES)
+def test_a_row_is_measured_alike_in_any_company(form: str) -> None:
+    """Beside rows of its own shape, of others, and beside none."""
+    modality, make = BATCHES[form]
+    rng = np.random.default_rng(0)
+    labels = [make(rng, size) for size in ((8, 8), (9, 7), (8, 8), (200, 300), (8, 8))]
+    labels.insert(2, Absent("a hang"))
+    together = measure(modality, labels)
+    assert together.seen.tolist() == [True, True, False, True, True, True]
+    for row, label in enumerate(labels):
+        if row != 2:
+            assert of_row(together, row) == measured(modality, label)
+
+
+def test_numbers_without_bounds_are_binned_by_half_octaves() -> None:
+    _, shares = measured(DEPTH, np.array([[0, 1, 1.5, -3.0]], np.float32))
+    assert shares == {"9.54e-07": 0.25, "1": 0.25, "1.41": 0.25, "-2.83": 0.25}
+
+
+def test_rows_take_the_place_of_others() -> None:
+    """As where a micro-batch is made in halves, or a shard of micro-batches."""
+    whole = Measures.none(4)
+    whole.put([1, 3], Measures.of([{"mean": 1.0}, {"mean": 2.0}], [{"a": 1.0}, {"b": 1.0}]), [0, 1])
+    whole.put([3], Measures.of([{"area": 5.0}, {"area": 6.0}], [{}, {"c": 1.0}]), [1])
+    assert whole.seen.tolist() == [False, True, False, True]
+    assert of_row(whole, 1) == ({"mean": 1.0}, {"a": 1.0})
+    assert of_row(whole, 3) == ({"area": 6.0}, {"c": 1.0})
+    assert Tally.of(whole).shares == {"a": 1.0, "c": 1.0}
+
+
 def test_tokens() -> None:
     grid = [np.array([1, 1, 2, 3], np.uint16), np.array([7, 7, 7, 7], np.uint16)]
-    assert measure_tokens(DEPTH, grid) == {"distinct tokens": 2.0}
-    assert measure_tokens(CAPTION, [np.arange(5, dtype=np.uint16)]) == {"tokens": 5.0}
+    found = Measures.of([{}, {}, {}])
+    measure_tokens(DEPTH, [grid, Absent("a hang"), [grid[0], grid[0]]], found)
+    assert [of_row(found, row)[0] for row in range(3)] == [{"distinct tokens": 2}, {}, {"distinct tokens": 3}]
+    found = Measures.of([{}, {}])
+    measure_tokens(CAPTION, [[np.arange(5, dtype=np.uint16)], Absent("no caption")], found)
+    assert [of_row(found, row)[0] for row in range(2)] == [{"tokens": 5}, {}]
 
 
 @pytest.mark.parametrize("modality", [DEPTH, NORMAL, CLASSES, BOXES, CLIP, CAPTION, RGB, SCORE])
@@ -139,10 +206,7 @@ def test_every_figure_has_a_known_name(modality: Modality) -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.integers(0, 30))
 def test_a_shard_is_the_sum_of_its_parts(values: Sequence[float], cut: int) -> None:
     def tally(part: Sequence[float]) -> Tally:
-        total = Tally()
-        for value in part:
-            total.add(Measured({"mean": value}, {f"{abs(value):.0g}": 1.0}))
-        return total
+        return Tally.of(Measures.of([{"mean": v} for v in part], [{f"{abs(v):.0g}": 1.0} for v in part]))
 
     whole, parts = tally(values), tally(values[:cut])
     parts.merge(tally(values[cut:]))
@@ -155,20 +219,17 @@ def test_a_shard_is_the_sum_of_its_parts(values: Sequence[float], cut: int) -> N
 
 
 def test_text_of_a_tally_is_small_and_the_same_whatever_the_order() -> None:
-    first, second = Tally(), Tally()
-    for total, order in ((first, (0, 1)), (second, (1, 0))):
-        for i in order:
-            total.add(Measured({"mean": i + 0.1, "spread": 1 / 3}, {"a": 0.5, "b": 0.5}))
+    first, second = (
+        Tally.of(Measures.of([{"mean": i + 0.1, "spread": 1 / 3} for i in order], [{"a": 0.5, "b": 0.5}] * 2))
+        for order in ((0, 1), (1, 0))
+    )
     assert first.to_text() == second.to_text()
     assert json.loads(first.to_text())["figures"]["spread"] == [2, 0.666667, 0.222222]
     assert Tally.from_text("") == Tally()
 
 
 def of_rows(rows: int, **figures: float) -> Tally:
-    total = Tally()
-    for _ in range(rows):
-        total.add(Measured(figures))
-    return total
+    return Tally.of(Measures.of([figures] * rows))
 
 
 def test_limits_warn_and_refuse() -> None:

@@ -12,7 +12,8 @@ from structures import modality, same, some_instances, some_poses, triangle
 from fourmill.crops import crop_boxes, crop_instances, crop_poses, draw_palette, mirror_poses
 from fourmill.errors import FourmillError
 from fourmill.flows.crop_labels import crop_label
-from fourmill.labelers.figures import figure_names, measure
+from fourmill.labelers.figures import figure_names
+from fourmill.labelers.measure import measure
 from fourmill.labelers.quality import check
 from fourmill.labels import Boxes, Instances, Metadata, Palettes, Poses, parts_of
 from fourmill.seeds import generator
@@ -118,9 +119,9 @@ GOOD: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("form", "label"), GOOD)
 def test_labels_pass_are_measured_and_kept(form: str, label: Any) -> None:
     check(modality(form), [label], [FRAME])
-    measured = measure(modality(form), label)
-    assert measured is not None and set(measured.figures) <= set(figure_names(modality(form)))
-    assert measured.figures["empty"] == float(len(label) == 0)
+    measured = measure(modality(form), [label])
+    assert measured.seen.all() and set(measured.figures) <= set(figure_names(modality(form)))
+    assert measured.values[0, measured.figures.index("empty")] == float(len(label) == 0)
     kept = read_labels(write_labels(["a"], [label], modality(form)), modality(form))[0]
     assert same(kept, label)
 
