@@ -21,6 +21,7 @@ from fourmill.config import Config
 from fourmill.errors import ConfigError, SourceError, WorkMissing
 from fourmill.flows.engine import EngineReport, run_jobs
 from fourmill.flows.fitting import fit_tokenizers, needs_labels
+from fourmill.flows.growing import check_webdataset, grow_webdataset
 from fourmill.flows.interrupts import interruptible
 from fourmill.flows.plan import Plan, column_states, fit_shards, make_plan
 from fourmill.flows.progress import progress, say
@@ -68,6 +69,7 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
     with interruptible(), ExitStack() as stack:
         resolved = resolve(config)
         _check_slice(resolved, options)
+        check_webdataset(resolved)
         _check_storage(config)
         if not Store(config.dataset).exists("dataset.yaml"):
             make_plan(resolved, None)  # an empty source is refused before the dataset exists
@@ -92,6 +94,8 @@ def build(config: Config, options: BuildOptions = BuildOptions(), stage: Stage =
             _remember_run(dataset, resolved, plan, _asked(resolved, options))
             _say_plan(plan)
             _run(resolved, work, plan, "Label and tokenize")
+            if config.webdataset and options.only_labels is None and not resolved.unfitted():
+                stage("Write WebDataset", lambda: grow_webdataset(config))
     return _finish(resolved, dataset, options, total, shards)
 
 

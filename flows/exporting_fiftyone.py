@@ -68,14 +68,18 @@ def export_fiftyone(
     }
     report = ExportReport()
     source = make_source(config.source.kind, **config.source.options)
-    for shard in range(len(snapshot.shards)):
-        before = report.rows
-        labels = {n: kept[n][0] for n in names if n in kept}
-        samples = list(_samples(fiftyone, snapshot, shard, source, labels, names, folder, split, report))
-        dataset.add_samples(samples)
-        report.shards += report.rows > before
-    if not report.rows:
-        raise WorkMissing(f"{snapshot.dataset.url}: no row of split {split!r} is left to export")
+    try:
+        for shard in range(len(snapshot.shards)):
+            before = report.rows
+            labels = {n: kept[n][0] for n in names if n in kept}
+            made = _samples(fiftyone, snapshot, shard, source, labels, names, folder, split, report)
+            dataset.add_samples(list(made))
+            report.shards += report.rows > before
+        if not report.rows:
+            raise WorkMissing(f"{snapshot.dataset.url}: no row of split {split!r} is left to export")
+    except BaseException:  # half of one would stand in the way of the next attempt
+        dataset.delete()
+        raise
     return report
 
 

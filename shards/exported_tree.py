@@ -177,7 +177,7 @@ class Tree:
     # -- rows -----------------------------------------------------------------------------------------
 
     def read_crops(self, tar: str) -> tuple[list[str], np.ndarray]:
-        """The samples' stems, and int32 (rows, n_crops, 5)."""
+        """The samples' stems, and int32 (rows, n_crops, 5). There are none in a tar whose samples were all taken down."""
         stems, crops = [], []
         for member in self.members(CROPS, tar):
             stems.append(member.stem)
@@ -185,9 +185,7 @@ class Tree:
             if len(crops[-1]) != self.n_crops:
                 what = f"has {len(crops[-1])} crops, where the others have {self.n_crops}"
                 raise self.wrong(CROPS, tar, member.name, what)
-        if not stems:
-            raise self.wrong(CROPS, tar, None, "holds no sample")
-        return stems, np.stack(crops).astype(np.int32)
+        return stems, np.array(crops, np.int32).reshape(-1, self.n_crops, 5)
 
     def _crops_of(self, tar: str, member: Member) -> np.ndarray:
         try:

@@ -124,7 +124,7 @@ class Plan:
 def import_shards(
     plan: Plan, dataset: Dataset, on_shard: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[int, int]:
-    """Import what has no receipts yet; the rows of every shard. Raises DatasetError where a shard is not what it should be."""
+    """Import what has no receipts yet; the rows of every shard that has any. Raises DatasetError where a shard is not what it should be."""
     recipes = {SAMPLES: plan.samples_recipe, **plan.recipes()}
     there = dataset.samples_recipe()
     if there is not None and there != recipes[SAMPLES].short:
@@ -141,7 +141,7 @@ def import_shards(
         else:
             rows[shard] = committed[shard].rows
         on_shard(shard + 1, len(plan.tree.tars))
-    return rows
+    return {shard: count for shard, count in rows.items() if count}
 
 
 def _import_shard(plan: Plan, dataset: Dataset, shard: int, tar: str, missing: Sequence[str]) -> int:
@@ -151,6 +151,8 @@ def _import_shard(plan: Plan, dataset: Dataset, shard: int, tar: str, missing: S
     for name, wanted in plan.wanted.items():
         if name in missing or SAMPLES in missing:
             there[name] = tree.read_column(tar, wanted.folder, wanted.modality, rows.stems, rows.sizes)
+    if not rows.stems:
+        return 0
     samples = _samples(plan, tar, rows, there)
     labels = {name: there[name] for name, w in plan.wanted.items() if w.encode is not None and name in there}
     if CAPTION.name in labels:

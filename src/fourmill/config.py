@@ -149,6 +149,8 @@ class Config(_Section):
     fit: FitConfig = FitConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig = TrainConfig()
+    #: where finished shards are also written as the tars that the published 4M code trains from
+    webdataset: str | None = None
 
     @field_validator("modalities", mode="before")
     @classmethod

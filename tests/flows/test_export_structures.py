@@ -80,7 +80,7 @@ def members(folder: Path) -> list[Any]:
 
 
 def values(snapshot: Snapshot, name: str, split: str) -> dict[str, list[int]]:
-    found = {}
+    found: dict[str, list[int]] = {}
     for shard, ref in enumerate(snapshot.shards):
         column = snapshot.column(shard, name)
         splits = snapshot.dataset.table(ref.files["samples"])["split"].to_pylist()
