@@ -23,7 +23,7 @@ from fourmill.shards.dataset import ORIGIN, Dataset
 from fourmill.shards.decode import DECODE_VERSION
 from fourmill.shards.receipts import SHORT, Recipe
 from fourmill.shards.sources.base import Source, make_source
-from fourmill.tokenize.base import codec_hash, codecs, load_codec, read_config
+from fourmill.tokenize.base import Codec, codec_hash, codecs, load_codec, read_config
 
 _HASH = re.compile(r"\b[0-9a-f]{20,}\b")
 
@@ -299,8 +299,20 @@ def use_tokenizer(wanted: Wanted, folder: Path, image_size: int) -> Wanted:
     """The modality with this tokenizer: loads it, so that a wrong one is refused before any work."""
     codec = load_codec(folder, wanted.modality, image_size)
     return replace(
-        wanted, modality=codec.modality, tokenizer_folder=str(folder), tokenizer=codec_hash(folder)
+        wanted,
+        modality=codec.modality,
+        tokenizer_folder=str(folder),
+        tokenizer=codec_hash(folder),
+        tokenizer_provenance=_inside(codec),
     )
+
+
+def _inside(codec: Codec) -> dict[str, str]:
+    """Published weights within a tokenizer that was set up here: of bodies, of masks."""
+    inner, published = getattr(codec, "inner", None), getattr(codec, "published", "")
+    if not isinstance(inner, Codec) or inner.license is None:
+        return {}
+    return {"tokenizer": str(published), "tokenizer_license": inner.license}
 
 
 def fit_origin(wanted: Wanted, config: Config) -> dict[str, Any]:

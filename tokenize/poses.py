@@ -16,6 +16,7 @@ import numpy as np
 from fourmill.labels import NUM_BETAS, NUM_JOINTS, POSE_TOKENS, Label, Poses
 from fourmill.modality import LabelContract, Modality
 from fourmill.tokenize.base import Value, register
+from fourmill.tokenize.published_releases import RELEASES
 from fourmill.tokenize.text import WithInner
 from fourmill.tokenize.vocabulary import NUM_BINS, NUM_CORNERS, Reader, halved
 
@@ -53,8 +54,9 @@ class PosesCodec(WithInner):
 
     family = "poses"
     max_tokens: ClassVar[int] = 275
-    options: ClassVar[tuple[str, ...]] = ("pose_tokenizer",)
+    options: ClassVar[tuple[str, ...]] = ("pose_tokenizer", "pose_tokenizer_revision")
     prefix, part, part_tokens = "pose_", BODY_POSE, POSE_TOKENS
+    published: ClassVar[str] = RELEASES["tok_body_pose"].repository
 
     def encode(self, labels: Sequence[Label]) -> list[Value]:
         return [self._encode(label) for label in labels]

@@ -20,6 +20,7 @@ from fourmill.crops import INSTANCE_FRAME
 from fourmill.labels import MASK_TOKENS, Instances, Label
 from fourmill.modality import LabelContract, Modality
 from fourmill.tokenize.base import Value, register
+from fourmill.tokenize.published_releases import RELEASES
 from fourmill.tokenize.text import WithInner
 from fourmill.tokenize.vocabulary import NUM_CORNERS, Reader, halved
 
@@ -55,8 +56,9 @@ class InstancesCodec(WithInner):
 
     family = "instances"
     max_tokens: ClassVar[int] = 290
-    options: ClassVar[tuple[str, ...]] = ("mask_tokenizer",)
+    options: ClassVar[tuple[str, ...]] = ("mask_tokenizer", "mask_tokenizer_revision")
     prefix, part, part_tokens = "mask_", SAM_MASK, MASK_TOKENS
+    published: ClassVar[str] = RELEASES["tok_sam_mask"].repository
 
     def encode(self, labels: Sequence[Label]) -> list[Value]:
         return [self._encode(label) for label in labels]

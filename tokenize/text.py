@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fourmill.errors import CheckpointError, ContractError
+from fourmill.checkpoints import fetch, resolve
+from fourmill.errors import CheckpointError, ConfigError, ContractError
 from fourmill.labels import MAX_TOKEN_ID, Label
 from fourmill.modality import Modality
 from fourmill.tokenize.base import Codec, Value, check_made_for, load_codec, read_config, register
@@ -74,11 +75,14 @@ class WithInner(VocabularyCodec):
     """One that needs another tokenizer for a part of its labels: of bodies, of masks.
 
     It lies beside the vocabulary, its files' names led by `prefix`. Without it, labels must bring its tokens along.
+    Options ``<prefix>tokenizer``, a folder or the hub id `published`, and of an id ``<prefix>tokenizer_revision``.
     """
 
     prefix: ClassVar[str]
     part: ClassVar[Modality]
     part_tokens: ClassVar[int]
+    #: hub id of the published one
+    published: ClassVar[str]
 
     def __init__(
         self, modality: Modality, image_size: int, vocabulary: Vocabulary, inner: Codec | None = None
@@ -98,9 +102,18 @@ class WithInner(VocabularyCodec):
     def make(
         cls, modality: Modality, image_size: int, vocabulary: Vocabulary, options: Mapping[str, Any]
     ) -> WithInner:
-        folder = options.get(f"{cls.prefix}tokenizer")
-        inner = load_codec(Path(folder), cls.part, image_size) if folder else None
-        return cls(modality, image_size, vocabulary, inner)
+        given, revision = (options.get(f"{cls.prefix}tokenizer{ending}") for ending in ("", "_revision"))
+        where = f"modalities.{modality.name}.tokenizer.{cls.prefix}tokenizer"
+        for key, value in ((where, given), (f"{where}_revision", revision)):
+            if not isinstance(value, str | Path | None):
+                raise ConfigError(f"{key}: expected is a word, got {value!r}")
+        if not given:
+            return cls(modality, image_size, vocabulary)
+        folder = fetch(
+            resolve(str(given), str(revision or "") or None, where), where, preprocessed=False
+        ).folder
+        assert folder is not None
+        return cls(modality, image_size, vocabulary, load_codec(folder, cls.part, image_size))
 
     def tokens_of_parts(self, ids: np.ndarray, parts: Callable[[int], np.ndarray]) -> np.ndarray:
         """``ids`` int64 (N, part_tokens), with its rows of -1 filled in: ``parts(row)`` is what is tokenized."""
@@ -110,7 +123,8 @@ class WithInner(VocabularyCodec):
         if self.inner is None:
             raise ContractError(
                 f"{self.modality.name!r}: a label without tokens of its {self.part.name} (cutting and mirroring an image "
-                f"takes them away); give modalities.{self.modality.name}.tokenizer.{self.prefix}tokenizer, a folder"
+                f"takes them away); give modalities.{self.modality.name}.tokenizer.{self.prefix}tokenizer: {self.published}, "
+                f"with its {self.prefix}tokenizer_revision, or a folder"
             )
         out = ids.copy()
         out[unknown] = np.stack([np.asarray(v) for v in self.inner.encode([parts(int(i)) for i in unknown])])

@@ -24,6 +24,7 @@ from fourmill.seeds import generator, key64
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.tar import read_labels
 from fourmill.tokenize.published_network import PublishedNetwork, ReleasedConfig
+from fourmill.tokenize.published_releases import LICENSE
 
 FORMS = ("metadata", "palette", "poses", "instances")
 
@@ -144,6 +145,16 @@ def test_tokens_are_those_of_the_kept_labels_crop_by_crop(chain: SimpleNamespace
                 expected = view.codecs[form].encode([label])[0]
                 assert np.array_equal(column.cells(row, index), expected)
     assert flips, "the seed has to give some"
+
+
+def test_the_licence_of_published_parts_is_remembered(chain: SimpleNamespace) -> None:
+    dataset, view = Dataset(chain.url), View.open(chain.url, None)
+    found = {}
+    for form in FORMS:
+        recipe = view.resolved.wanted[form].token_recipe()
+        assert recipe is not None
+        found[form] = dataset.receipt(form, recipe.short, 0).provenance.get("tokenizer_license")
+    assert found == {"metadata": None, "palette": None, "poses": LICENSE, "instances": LICENSE}
 
 
 def test_it_can_be_trained_on_and_shown(chain: SimpleNamespace) -> None:
