@@ -44,10 +44,15 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["det", *PLAIN])
 def test_labelers_that_ship_keep_the_contract(name: str) -> None:
-    """Of those without a network also the two points that take a process."""
-    verdicts = check_labeler(name, alone=name in ("oracle_semseg", "normal_from_depth"))
+    """Of one without a network also the two points that take a process."""
+    verdicts = check_labeler(name, alone=name == "oracle_semseg")
     assert failures(verdicts) == []
     assert sum(verdict.state == "ok" for verdict in verdicts) >= 12
+
+
+@pytest.mark.long
+def test_what_is_made_of_labels_keeps_the_contract_alone() -> None:
+    assert failures(check_labeler("normal_from_depth")) == []
 
 
 @pytest.mark.long
