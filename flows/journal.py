@@ -110,7 +110,12 @@ def deaths(folder: Path, name: str, task: str) -> list[Entry]:
 
 
 def _notes(folder: Path, name: str) -> list[Path]:
-    return sorted(folder.glob(f"{name}.*.now"))
+    """None where there is no such folder: on another node."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(folder / file for file in names if file.startswith(f"{name}.") and file.endswith(".now"))
 
 
 def _write(path: Path, entry: Entry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,11 @@ class MicroResult:
     failed: dict[str, Failure] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # phase, or "phase modality"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """On its way between processes a column of equal arrays is one array: each by itself costs as much as a hundred kB."""
+        values = {name: _packed(column) for name, column in self.values.items()}
+        return _unpacked, (values, self.labels, self.measured, self.failed, self.seconds)
+
     def add(self, other: MicroResult) -> None:
         """Take over the modalities and the time of another call."""
         self.values |= other.values
@@ -101,6 +107,38 @@ class MicroResult:
                 column[row] = Absent(reason)
         for measures in self.measured.values():
             measures.seen[row] = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A column of cells: ``parts`` (crops of all rows, ...), and of each row how many of them are its, or why it has none."""
+
+    parts: np.ndarray
+    rows: list[int | Absent]
+
+
+def _packed(column: list[Cell]) -> list[Cell] | _Packed:
+    """The column itself where its cells are something else than arrays of one shape and dtype."""
+    parts = [part for cell in column if not isinstance(cell, Absent) for part in cell]
+    first = parts[0] if parts else None
+    if not isinstance(first, np.ndarray):
+        return column
+    for part in parts:
+        if not isinstance(part, np.ndarray) or part.shape != first.shape or part.dtype != first.dtype:
+            return column
+    return _Packed(np.array(parts), [c if isinstance(c, Absent) else len(c) for c in column])
+
+
+def _unpacked(values: Mapping[str, list[Cell] | _Packed], *others: Any) -> MicroResult:
+    made: dict[str, list[Cell]] = {}
+    for name, column in values.items():
+        if isinstance(column, _Packed):
+            parts = iter(column.parts)
+            cells = [n if isinstance(n, Absent) else list(islice(parts, n)) for n in column.rows]
+            made[name] = list(cells)
+        else:
+            made[name] = column
+    return MicroResult(made, *others)
 
 
 #: the key of what specialists are tried on, which no source has

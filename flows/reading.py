@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,6 +28,7 @@ class Reader:
         self._resolved = resolved
         self._truth = any(wanted.needs_truth for wanted in resolved.wanted.values())
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._portions = 2 * threads
 
     def read(self, rows: Sequence[Row]) -> list[RawSample | Exception]:
         """I/O errors are raised: they fail the attempt, not the sample."""
@@ -53,7 +54,13 @@ class Reader:
             except RejectedImage as error:
                 return error.reason, sample.captions
 
-        done: Iterator[Decoded] = iter(list(self._threads.map(one, raw)))
+        def some(samples: Sequence[RawSample | Exception]) -> list[Decoded]:
+            return [one(sample) for sample in samples]
+
+        # a few portions for each thread: to hand over every image by itself costs more than it evens out
+        portions = [raw[i :: self._portions] for i in range(min(self._portions, len(raw)))]
+        parts = list(self._threads.map(some, portions))
+        done = iter([parts[i % self._portions][i // self._portions] for i in range(len(raw))])
         return [next(done) if why is None else (why, ()) for why in skip]
 
     def micro_batch(

@@ -71,7 +71,7 @@ def measure_tokens(modality: Modality, cells: Sequence[Any], measures: Measures)
 
 def _measures(contract: LabelContract, values: Sequence[Any], shares: Shares) -> Measures:
     """The figures of this form of label, each (rows,)."""
-    table = np.stack([np.asarray(value, np.float64) for value in values], axis=1)
+    table = np.array(values, np.float64).T
     return Measures(FIGURES[form_of(contract)], table, *shares, np.ones(len(table), bool))
 
 
@@ -83,7 +83,7 @@ def _look(label: np.ndarray) -> np.ndarray:
 
 def _looked_at(labels: Sequence[np.ndarray]) -> np.ndarray:
     """float64 (rows, values)"""
-    return np.stack([_look(label) for label in labels], dtype=np.float64).reshape(len(labels), -1)
+    return np.array([_look(label) for label in labels], np.float64).reshape(len(labels), -1)
 
 
 def _is_constant(values: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ def _vectors(labels: Sequence[np.ndarray], contract: LabelContract) -> Measures:
 
 
 def _classes(labels: Sequence[np.ndarray], contract: LabelContract) -> Measures:
-    seen = np.stack([_look(label) for label in labels], dtype=np.intp).reshape(len(labels), -1)
+    seen = np.array([_look(label) for label in labels], np.intp).reshape(len(labels), -1)
     counts = _counts(seen, len(contract.classes))
     present = (counts > 0).sum(axis=1)
     shares = counts / seen.shape[1]
@@ -121,7 +121,7 @@ def _classes(labels: Sequence[np.ndarray], contract: LabelContract) -> Measures:
 
 
 def _vector(labels: Sequence[np.ndarray], contract: LabelContract) -> Measures:
-    seen = np.stack(labels, dtype=np.float64)
+    seen = np.array(labels, np.float64)
     constant = _is_constant(seen) & (seen.shape[1] > 1)
     values = [seen.mean(axis=1), np.linalg.norm(seen, axis=1), constant]
     return _measures(contract, values, _binned(seen, contract))

@@ -239,7 +239,7 @@ def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
                     return turned
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             log.debug("unsound colour profile ignored: %s", error)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _as_array(image: Image.Image) -> np.ndarray:

@@ -141,8 +141,12 @@ class Folder(Source):
             return dict(zip(wanted, map(bytes, found), strict=True))
         local: dict[str, bytes] = {}
         inside = os.path.realpath(self._root.folder) + os.sep
+        folders = {
+            folder: os.path.realpath(folder) + os.sep for folder in {os.path.dirname(p) for p in paths}
+        }
         for (name, most), path in zip(wanted.items(), paths, strict=True):
-            if not os.path.realpath(path).startswith(inside):
+            real = os.path.realpath(path) if os.path.islink(path) else folders[os.path.dirname(path)]
+            if not real.startswith(inside):
                 raise SourceError(f"source {self.url}: {name} leads out of the folder")
             with open(path, "rb") as stream:
                 local[name] = stream.read(most)
