@@ -119,7 +119,11 @@ def import_webdataset(
 
     done = import_tree(url, dataset, modalities)
     console.print(f"{done.rows} samples in {done.shards} shards: {dataset}", soft_wrap=True)
-    console.print(f"snapshot {done.snapshot.digest}", soft_wrap=True, highlight=False)
+    short = done.snapshot.digest[:12]
+    console.print(
+        f"train on it: fourmill train CONFIG --set dataset={dataset} --snapshot {short}",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: [bold]fourmill qa data/demo[/bold]")

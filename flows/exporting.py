@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fourmill.config import Config, check_config
@@ -20,11 +20,13 @@ from fourmill.shards.snapshot import Snapshot
 from fourmill.tokenize.base import load_codec
 
 
-def config_of(dataset: Dataset) -> Config:
-    """The configuration of the newest run; the dataset may have been moved since."""
-    run = latest_run(dataset)
+def config_of(dataset: Dataset, run: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of the newest run, or of ``run``; the dataset may have been moved since."""
+    run = run or latest_run(dataset)
     if "config" not in run:
-        raise ConfigError(f"{dataset.url} was imported; there is no configuration that built it")
+        raise ConfigError(
+            f"{dataset.url} was imported, so there is no configuration and no source to look at"
+        )
     return check_config({**run["config"], "dataset": dataset.url}, f"{dataset.url}/runs")
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fourmill import __version__
+from fourmill import __version__, licenses
 from fourmill.checkpoints import folder_hash
 from fourmill.errors import ConfigError, DatasetError, nearest
 from fourmill.flows.crop_labels import DRAWN, blank_label, crop_label
@@ -105,7 +105,8 @@ def import_webdataset(url: str, dataset_url: str, file: str | None = None) -> Im
     entries = {name: entry or ModalityEntry() for name, entry in given.modalities.items()}
     names = sorted({*facts.get("modalities", {}), *entries})
     if not names:
-        raise ConfigError(f"{url} has no {MARKER}; say what its modalities are with --modalities FILE")
+        lack = f"has an {MARKER} that does not say what is in it" if facts else f"has no {MARKER}"
+        raise ConfigError(f"{url} {lack}; say what its modalities are with --modalities FILE")
     with ExitStack() as stack:
         made: dict[str, tuple[Wanted, Path | None]] = {}
         for name in names:
@@ -255,15 +256,20 @@ def _wanted(
         modality = _agreed(name, entry, modality, load_codec(folder, modality, image_size).modality)
     _check(name, modality)
     digest = folder_hash(str(folder.resolve())) if folder is not None else ""
-    ways = facts.get("provenance", {}).get(name, [])
-    provenance = {"labeler": "imported", **(ways[0] if len(ways) == 1 else _licenses(ways))}
+    provenance = _provenance(facts.get("provenance", {}).get(name), modality)
     folder_name = entry.folder or name
     return Wanted(modality, folder_name, digest, encode, provenance), folder
 
 
-def _licenses(ways: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    named = sorted({str(way[k]) for way in ways for k in ("license", "tokenizer_license") if way.get(k)})
-    return {"license": " and ".join(named)} if named else {}
+def _provenance(ways: Any, modality: Modality) -> dict[str, Any]:
+    """Whose weights it was made with, as an export noted it; a licence that nobody named is unknown. Texts have none."""
+    if not isinstance(ways, list) or not all(isinstance(way, dict) for way in ways):
+        named = {} if modality.contract.form == "text" else {"license": licenses.UNKNOWN}
+        return {"labeler": "imported", **named}
+    if len(ways) == 1:
+        return {"labeler": "imported", **ways[0]}
+    found = sorted({str(way[k]) for way in ways for k in ("license", "tokenizer_license") if way.get(k)})
+    return {"labeler": "imported", **({"license": " and ".join(found)} if found else {})}
 
 
 def _modality_of(entry: Any, where: str) -> Modality:

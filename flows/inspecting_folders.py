@@ -50,7 +50,7 @@ def describe_dataset(dataset: Dataset) -> Parts:
     runs = new_table("run", "fourmill", "modalities", "shards>")
     for file in dataset.store.names("runs")[-RUNS_SHOWN:]:
         run = yaml.safe_load(dataset.store.read(f"runs/{file}"))
-        asked = ", ".join(run["config"]["modalities"])
+        asked = ", ".join(run["recipes"])  # of an import there is no configuration
         runs.add_row(*cells(file.removesuffix(".yaml"), run["fourmill"], asked, len(run["shards"])))
     head = fact_table({"dataset": dataset.url, **dataset.identity, "digest": dataset.digest[:12]})
     return [title("a dataset"), head, *(t for t in (columns, tokenizers, snapshots, runs) if t.row_count)]

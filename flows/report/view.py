@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fourmill.config import Config, check_config
+from fourmill.config import Config
 from fourmill.errors import CheckpointError, DatasetError
+from fourmill.flows.exporting import config_of
 from fourmill.flows.resolve import Resolved, resolve
 from fourmill.flows.status import latest_run
 from fourmill.labels import Absent, Label
@@ -93,7 +94,7 @@ class View:
         """The snapshot by its digest, or what the newest run asked for where it is None; ``only`` these modalities."""
         dataset = Dataset(url)
         run = latest_run(dataset)
-        config = check_config({**run["config"], "dataset": url}, f"{url}/runs")
+        config = config_of(dataset, run)
         resolved = resolve(config)
         pinned = Snapshot.load(url, snapshot) if snapshot is not None else None
         view = _of_snapshot(pinned, config, resolved) if pinned else _of_run(dataset, run, config, resolved)

@@ -129,7 +129,9 @@ def test_an_imported_dataset_is_exported_again(built: tuple[str, bool], tmp_path
     url, _ = built
     export_dataset(url, str(tmp_path / "out"), ["caption", "metadata", "poses"])
     assert call_main("import-webdataset", tmp_path / "out", tmp_path / "ds") == 0
-    assert call_main("status", tmp_path / "ds") == 0
+    for command in (["status"], ["status", "--licenses"], ["inspect"], ["qa"], ["gc"], ["verify"]):
+        assert call_main(command[0], tmp_path / "ds", *command[1:]) == 0
+    assert call_main("report", tmp_path / "ds") == 2, "it has no source whose pictures it could show"
     assert call_main("export", tmp_path / "ds", tmp_path / "again") == 0
     for name in ("metadata", "poses", "caption"):
         assert members(tmp_path / "again" / name) == members(tmp_path / "out" / name)

@@ -97,6 +97,7 @@ def test_what_is_exported_and_imported_is_the_same(original: Snapshot, imported:
     assert set(imported.snapshot.modalities) == set(MODALITIES)
     for name, modality in original.modalities.items():
         again = imported.snapshot.modalities[name]
+        assert not imported.snapshot.licenses([name]), "as it was"
         assert (again.vocab_size, again.num_tokens, again.contract) == (
             modality.vocab_size,
             modality.num_tokens,
@@ -265,6 +266,7 @@ def test_a_tree_of_somebody_else(tmp_path: Path) -> None:
     done = tree.write().go()
     found = samples_of(done.snapshot)
     assert list(found) == [f"{TARS[row // 3][:-4]}/{row:07d}" for row in range(6)]
+    assert done.snapshot.licenses() == ["unknown"] and done.snapshot.licenses(["caption"]) == []
     vocabulary = Vocabulary.load(tmp_path / "vocab.json")
     for row, sample in enumerate(found.values()):
         assert (sample["width"], sample["height"]) == (120, 80), (
@@ -438,7 +440,7 @@ def test_a_modality_is_added_and_another_tree_is_refused(tmp_path: Path) -> None
         tree.write().go()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 4), at=st.integers(0, 1 << 16), bit=st.integers(0, 7), end=st.booleans())
 def test_any_flipped_bit_gives_one_line_or_a_whole_dataset(
     tmp_path_factory: pytest.TempPathFactory, place: int, at: int, bit: int, end: bool
