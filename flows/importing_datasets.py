@@ -19,16 +19,24 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fourmill import __version__, licenses
 from fourmill.checkpoints import folder_hash
 from fourmill.errors import ConfigError, DatasetError, nearest
 from fourmill.flows.crop_labels import DRAWN, blank_label, crop_label
 from fourmill.flows.progress import progress
+from fourmill.flows.tree_config import (
+    MAX_TOKENS,
+    MAX_VOCABULARY,
+    ModalityEntry,
+    facts_of,
+    first,
+    given_in,
+    told_by,
+)
 from fourmill.labelers.base import labelers
 from fourmill.labels import Absent, Label
 from fourmill.modality import SOURCE_MODALITIES, Form, Kind, LabelContract, Modality
@@ -48,39 +56,12 @@ from fourmill.tokenize.base import Codec, codecs, load_codec
 from fourmill.tokenize.text import VocabularyCodec
 from fourmill.tokenize.vocabulary import Vocabulary
 
-T = TypeVar("T")
-MAX_TOKENS, MAX_VOCABULARY = 1 << 20, 1 << 16  # of a crop; ids are stored as uint16
 MAX_FILE_BYTES = 4 << 30  # of a tokenizer in the tree
+MAX_WORDS = 200  # of what a tree says of its origins
+_WAY = ("labeler", "model", "weights", "license", "tokenizer", "tokenizer_license")
 _FORMS: Mapping[str, Form] = {
     "grid": "map", "vector": "vector", "embedding": "vector", "scalar": "scalar", "sequence": "text",
 }  # fmt: skip
-
-
-class ModalityEntry(BaseModel):
-    """One modality of a tree, as a file says it. What is not said comes from export.json, or from the name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    folder: str | None = None
-    kind: Literal["grid", "vector", "sequence", "embedding", "scalar"] | None = None
-    form: Literal["boxes", "text", "metadata", "palette", "poses"] | None = None
-    vocab_size: int | None = Field(default=None, ge=1, le=MAX_VOCABULARY)
-    num_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    classes: list[str] | None = None
-    tokenizer: str | None = None
-    vocabulary: str | None = None
-
-
-class TreeConfig(BaseModel):
-    """A file for ``--modalities``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    image_size: int | None = Field(default=None, ge=16, le=1024)
-    seed: int | None = Field(default=None, ge=0)
-    val_fraction: float | None = Field(default=None, ge=0, lt=1)
-    n_crops: int | None = Field(default=None, ge=1, le=64)
-    modalities: dict[str, ModalityEntry | None] = {}
 
 
 @dataclass(frozen=True)
@@ -97,11 +78,11 @@ def import_webdataset(url: str, dataset_url: str, file: str | None = None) -> Im
 
     Raises ConfigError where nobody says what a modality is, DatasetError where the tree is not what it should be.
     """
-    facts, given = _facts(url), _given(file)
-    told = _told(facts, url)
-    seed = _first(given.seed, told.seed, 0)
-    val_fraction = _first(given.val_fraction, told.val_fraction, 0.01)
-    size = _first(given.image_size, told.image_size, 224)
+    facts, given = facts_of(url), given_in(file)
+    told = told_by(facts, url)
+    seed = first(given.seed, told.seed, 0)
+    val_fraction = first(given.val_fraction, told.val_fraction, 0.01)
+    size = first(given.image_size, told.image_size, 224)
     entries = {name: entry or ModalityEntry() for name, entry in given.modalities.items()}
     names = sorted({*facts.get("modalities", {}), *entries})
     if not names:
@@ -179,54 +160,6 @@ def _remember(dataset: Dataset, plan: Plan, rows: Mapping[int, int]) -> dict[str
 # -- what the modalities are --------------------------------------------------------------------------
 
 
-def _facts(url: str) -> dict[str, Any]:
-    """The tree's export.json; {} where it has none."""
-    raw = Store(url).read_if_exists(MARKER)
-    if raw is None:
-        return {}
-    try:
-        facts = dict(json.loads(raw))
-        if not isinstance(facts.get("modalities", {}), dict) or not isinstance(
-            facts.get("dataset", {}), dict
-        ):
-            raise TypeError("no modalities")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DatasetError(f"{url}/{MARKER} is damaged: {error}") from error
-    if not facts.get("complete"):
-        raise DatasetError(f"{url}: this export is not complete; run the same export again first")
-    return facts
-
-
-def _told(facts: Mapping[str, Any], url: str) -> TreeConfig:
-    """The numbers of the dataset that was exported."""
-    try:
-        said = facts.get("dataset", {})
-        return TreeConfig.model_validate(
-            {k: said.get(k) for k in TreeConfig.model_fields if k != "modalities"}
-        )
-    except ValidationError as error:
-        raise DatasetError(f"{url}/{MARKER} is damaged: {' '.join(str(error).split())[:200]}") from error
-
-
-def _first(*values: T | None) -> T:
-    """The first that is not None; the last never is."""
-    return next(value for value in values if value is not None)
-
-
-def _given(file: str | None) -> TreeConfig:
-    if file is None:
-        return TreeConfig()
-    try:
-        return TreeConfig.model_validate(yaml.safe_load(Path(file).read_text()) or {})
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise ConfigError(
-            f"{file}: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r:.60})"
-        ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
-
-
 def _wanted(
     url: str, facts: Mapping[str, Any], name: str, entry: ModalityEntry, image_size: int, seed: int, scratch: Path
 ) -> tuple[Wanted, Path | None]:  # fmt: skip
@@ -234,6 +167,8 @@ def _wanted(
     safe_name(name)
     noted = facts.get("modalities", {}).get(name)
     modality = _modality_of(noted, f"{url}/{MARKER}") if noted is not None else _declared(name, entry)
+    if modality.name != name:
+        raise DatasetError(f"{url}/{MARKER}: modality {name!r} says that it is {modality.name!r}")
     if entry.classes is not None:
         modality = modality.with_classes(tuple(entry.classes))
     modality = replace(
@@ -267,8 +202,10 @@ def _provenance(ways: Any, modality: Modality) -> dict[str, Any]:
         named = {} if modality.contract.form == "text" else {"license": licenses.UNKNOWN}
         return {"labeler": "imported", **named}
     if len(ways) == 1:
-        return {"labeler": "imported", **ways[0]}
-    found = sorted({str(way[k]) for way in ways for k in ("license", "tokenizer_license") if way.get(k)})
+        return {"labeler": "imported"} | {k: str(ways[0][k])[:MAX_WORDS] for k in _WAY if ways[0].get(k)}
+    found = sorted(
+        {str(way[k])[:MAX_WORDS] for way in ways for k in ("license", "tokenizer_license") if way.get(k)}
+    )
     return {"labeler": "imported", **({"license": " and ".join(found)} if found else {})}
 
 

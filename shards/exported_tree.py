@@ -21,7 +21,7 @@ from fourmill.shards.tar import Damage, npy_array, scan_tar
 from fourmill.storage import Store
 
 T = TypeVar("T")
-MAX_TAR_BYTES = 8 << 30  # a tar is read whole
+MAX_TAR_BYTES = 2 << 30  # a tar is read whole
 MAX_MEMBERS = 1_000_000  # of a tar
 MAX_TEXT_BYTES = 4 << 20  # of a .json or .txt member, unpacked
 MAX_KEY_BYTES = 4096
@@ -246,11 +246,13 @@ class Tree:
             shape = (self.n_crops, modality.num_tokens)
             dtype = np.float16 if modality.kind == "embedding" else np.uint16
             read = _floats if modality.kind == "embedding" else _tokens
-            out = np.zeros((len(stems), *shape), dtype)
-            rows = self._each(folder, tar, stems, lambda row, m: read(m, shape, modality.vocab_size))
-            for row, values in enumerate(rows):
-                out[row] = values
-            return out
+            found = [
+                values.astype(dtype)
+                for values in self._each(
+                    folder, tar, stems, lambda row, m: read(m, shape, modality.vocab_size)
+                )
+            ]  # not into one array of the expected size: who wrote the tree may expect anything
+            return np.array(found, dtype).reshape(len(stems), *shape)
 
         def one(row: int, member: Member) -> Label:
             text = _text(member, MAX_TEXT_BYTES)

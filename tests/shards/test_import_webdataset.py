@@ -28,10 +28,11 @@ from fourmill.flows.status import status
 from fourmill.shards import import_webdataset as importing
 from fourmill.shards.dataset import Dataset
 from fourmill.shards.export import export_webdataset
+from fourmill.shards.exported_tree import Tree
 from fourmill.shards.snapshot import Snapshot
 from fourmill.shards.tar import npy_bytes, write_tar
 from fourmill.shards.verify import verify
-from fourmill.storage import Store
+from fourmill.storage import Entry, Store
 from fourmill.tokenize.vocabulary import Vocabulary, train_vocabulary
 
 MODALITIES: dict[str, Any] = {
@@ -188,6 +189,51 @@ def test_a_changed_export_is_noticed(exported: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(DatasetError, match="not complete; run the same export again"):
         import_webdataset(str(tree), str(tmp_path / "ds2"))
+
+
+HOSTILE: dict[str, tuple[tuple[str, ...], Any]] = {
+    "path": (("modalities",), {"../../up": {"name": "../../up"}}),
+    "other name": (("modalities", "rgb", "name"), "../../up"),
+    "no contract": (("modalities", "rgb"), {"name": "rgb"}),
+    "more": (("modalities", "rgb", "contract", "surprise"), 1),
+    "list": (("modalities", "rgb"), [1]),
+    "word": (("modalities", "rgb", "vocab_size"), "many"),
+    "pixels": (("modalities", "rgb", "kind"), "pixels"),
+    "much": (("modalities", "rgb", "num_tokens"), 1 << 20),
+    "too much": (("modalities", "rgb", "num_tokens"), 1 << 60),
+    "less": (("modalities", "rgb", "vocab_size"), 1),
+    "crops": (("dataset", "n_crops"), 0),
+    "seed": (("dataset", "seed"), "x"),
+    "dataset": (("dataset",), [1]),
+    "tokenizer": (("modalities", "caption", "tokenizer"), "../../../etc"),
+    "another tokenizer": (("modalities", "caption", "tokenizer"), "0" * 12),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_export_json_gives_one_line(exported: Path, tmp_path: Path, what: str) -> None:
+    shutil.copytree(exported, tmp_path / "tree")
+    (*path, last), value = HOSTILE[what]
+    facts = json.loads((tmp_path / "tree" / "export.json").read_text())
+    node = facts
+    for part in path:
+        node = node[part]
+    node[last] = value
+    (tmp_path / "tree" / "export.json").write_text(json.dumps(facts))
+    with pytest.raises(FourmillError) as caught:
+        import_webdataset(str(tmp_path / "tree"), str(tmp_path / "ds"))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "ds").rglob("shard-*")), "nothing of it is committed"
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["ds", "tree"], ["tree"])
+
+
+def test_on_remote_storage_size_and_etag_are_enough() -> None:
+    tree = Tree("memory://anywhere", ())
+    tree.store.is_remote = True
+    assert tree._identify("depth/shard-00000.tar", Entry(5, 12.5, "12-a1b2-3")) == {
+        "bytes": 5,
+        "etag": "a1b2-3",
+    }
 
 
 # -- trees that others wrote --------------------------------------------------------------------------
@@ -440,7 +486,7 @@ def test_a_modality_is_added_and_another_tree_is_refused(tmp_path: Path) -> None
         tree.write().go()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 4), at=st.integers(0, 1 << 16), bit=st.integers(0, 7), end=st.booleans())
 def test_any_flipped_bit_gives_one_line_or_a_whole_dataset(
     tmp_path_factory: pytest.TempPathFactory, place: int, at: int, bit: int, end: bool
