@@ -22,7 +22,7 @@ from fourmill.errors import CheckpointError
 from fourmill.tokenize.quantizers import Quantizer
 
 #: raised when another computation would follow from the same state
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 def state_name(facts: Mapping[str, Any]) -> str:

@@ -272,8 +272,7 @@ class VQNetwork(TokenizerNetwork):
         if len(self.shift):
             x = (x - self.shift) / self.scale
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        tokens = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)  # (B, T, C*p*p)
-        tokens = self.encoder(self.embed(tokens) + self.table(grid))
+        tokens = self.encoder(self.embed(_patches(x, self.patch)) + self.table(grid))
         return self.to_latent(self.norm(tokens)).transpose(1, 2).unflatten(2, grid)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -288,6 +287,12 @@ class VQNetwork(TokenizerNetwork):
             return self.positions
         table = self.positions.T.unflatten(1, self.base)[None]
         return F.interpolate(table, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
+
+
+def _patches(x: Tensor, patch: int) -> Tensor:
+    """(B, C, h*p, w*p) to (B, h*w, C*p*p): values of `pixel_unshuffle`, laid out as a product takes them, by one copy."""
+    cells = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, p, w, p)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _blocks(config: VQConfig, depth: int) -> nn.Sequential:

@@ -10,6 +10,7 @@ from fourmill.errors import CheckpointError, ConfigError, ContractError
 from fourmill.modality import RGB, LabelContract, Modality
 from fourmill.tokenize.base import codec_hash, load_codec
 from fourmill.tokenize.vqvae import VQVAE, VQConfig, sincos_positions
+from fourmill.tokenize.vqvae_network import _patches
 
 SIZE = 32
 CLASSES = ("floor", "wall", "sphere")
@@ -204,6 +205,13 @@ def test_uncertain_probabilities_decode_the_mean_code() -> None:
     assert np.allclose(codec.decode_expected(weights), expected, rtol=1e-4)
     with pytest.raises(ContractError, match="not 16 places x 32 codes"):
         codec.decode_expected(weights[:, :, :31])
+
+
+def test_patches_are_laid_out_channel_by_channel() -> None:
+    """As `pixel_unshuffle` has them, which the weights of fitted tokenizers know."""
+    x = torch.randn(2, 3, 24, 40)
+    assert torch.equal(_patches(x, 8), torch.nn.functional.pixel_unshuffle(x, 8).flatten(2).transpose(1, 2))
+    assert torch.equal(_patches(x, 1), x.flatten(2).transpose(1, 2)) and _patches(x, 8).is_contiguous()
 
 
 def test_positions_are_sines_of_row_then_column() -> None:
