@@ -113,7 +113,7 @@ class Column:
 
     ``present`` bool (rows,). ``tokens`` uint16 (rows, n_crops, num_tokens) for grid and vector (float16
     for embedding, float32 (rows, 1, 1) for scalar, whatever the number of crops), zeros where absent. For sequences ``flat`` uint16 and
-    ``offsets`` int64 (rows * n_crops + 1,): the cell of (row, crop) is flat[offsets[i]:offsets[i + 1]], i = row *
+    ``offsets`` int32 (rows * n_crops + 1,): the cell of (row, crop) is flat[offsets[i]:offsets[i + 1]], i = row *
     n_crops + crop. For pixels ``blobs`` holds Arrow binary values in the same order.
     """
 
@@ -160,5 +160,5 @@ def open_column(table: pa.Table, where: str) -> Column:
     inner = value.values
     if meta["kind"] == "pixels":
         return Column(present, reasons, n_crops, blobs=inner)
-    offsets = inner.offsets.to_numpy().astype(np.int64)
+    offsets = inner.offsets.to_numpy()
     return Column(present, reasons, n_crops, flat=inner.values.to_numpy(zero_copy_only=True), offsets=offsets)

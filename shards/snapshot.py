@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fourmill.errors import DatasetError, WorkMissing
 from fourmill.modality import LabelContract, Modality
 from fourmill.shards.arrow import Column, open_column
+from fourmill.shards.cache import FileCache
 from fourmill.shards.dataset import SAMPLES, Dataset, modality_json
 from fourmill.shards.filters import Condition
 from fourmill.shards.receipts import Receipt, canonical, pack_presence, sha256, unpack_presence
+from fourmill.shards.samples import OK
+from fourmill.shards.tokenizer_check import check_tokenizer
 from fourmill.shards.tombstones import dropped_rows
+
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,8 @@ class ShardRef:
     rows: int
     files: Mapping[str, str]
     kept: str | None = None  # bitmap of the rows that its conditions chose and nobody dropped; None: all
+    sizes: Mapping[str, int] | None = None  # samples by split; None in snapshots of before 0.2
+    hashes: Mapping[str, str] = field(default_factory=dict)  # sha256 of the files, by column name
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Snapshot:
     content: dict[str, Any]
     modalities: dict[str, Modality] = field(default_factory=dict)
     shards: list[ShardRef] = field(default_factory=list)
+    cache: FileCache | None = None
 
     @property
     def image_size(self) -> int:
@@ -92,7 +102,30 @@ class Snapshot:
         if modality not in ref.files:
             raise DatasetError(f"snapshot {self.digest[:12]} has no modality {modality!r}")
         name = ref.files[modality]
-        return open_column(self.dataset.table(name), f"{self.dataset.url}/{name}")
+        where = f"{self.dataset.url}/{name}"
+        table = self._table(name, ref.hashes.get(modality))
+        check_tokenizer(table, self.tokenizer(modality), where)
+        return open_column(table, where)
+
+    def _table(self, name: str, sha256: str | None) -> pa.Table:
+        """A file of the dataset, through the cache if there is one."""
+        if self.cache is None or sha256 is None:
+            return self.dataset.table(name)
+        return self.cache.table(name, sha256)
+
+    def cached(self, limit_bytes: int, folder: str | None = None) -> Snapshot:
+        """The same, with files of remote storage kept on this machine, checked against their hashes."""
+        some = self.shards[0].files[SAMPLES]
+        if self.dataset.store.local_path(some) is not None:
+            return self
+        return replace(self, cache=FileCache(self.dataset.store, limit_bytes, folder))
+
+    def prefetch(self, shards: Iterable[int], modalities: Iterable[str]) -> None:
+        """Have the cache fetch files that will be read soon."""
+        if self.cache is not None:
+            names = [SAMPLES, *modalities]
+            refs = [self.shards[shard] for shard in shards]
+            self.cache.prefetch([(r.files[n], r.hashes[n]) for r in refs for n in names if n in r.hashes])
 
     def keys64(self, shard: int) -> np.ndarray:
         """uint64 (rows,)"""
@@ -103,20 +136,30 @@ class Snapshot:
 
     def is_train(self, shard: int) -> np.ndarray:
         """bool (rows,): readable, chosen, and not held out."""
-        return self._is_of(shard, "train")
+        return self.in_split(shard, "train")
 
     def is_val(self, shard: int) -> np.ndarray:
         """bool (rows,): readable, chosen, and held out from fitting and training."""
-        return self._is_of(shard, "val")
+        return self.in_split(shard, "val")
 
-    def _is_of(self, shard: int, split: str) -> np.ndarray:
+    def in_split(self, shard: int, split: str) -> np.ndarray:
+        """bool (rows,): readable, chosen, and of a split."""
         table = self._samples(shard, ["split", "status"])
-        splits, states = (np.array(column.to_pylist(), object) for column in table.columns)
-        found: np.ndarray = (splits == split) & (states == "ok") & self.is_kept(shard)
-        return found
+        return _in_split(table, split) & self.is_kept(shard)
+
+    def split_sizes(self, split: str) -> np.ndarray:
+        """int64 (shards,): how many samples of a split each shard has. Reads no shard."""
+        return np.array(
+            [
+                int(self.in_split(index, split).sum()) if ref.sizes is None else ref.sizes.get(split, 0)
+                for index, ref in enumerate(self.shards)
+            ],
+            np.int64,
+        )
 
     def _samples(self, shard: int, columns: list[str]) -> Any:
-        return self.dataset.table(self.shards[shard].files[SAMPLES]).select(columns)
+        ref = self.shards[shard]
+        return self._table(ref.files[SAMPLES], ref.hashes.get(SAMPLES)).select(columns)
 
     @classmethod
     def create(
@@ -151,10 +194,14 @@ class Snapshot:
             files = {SAMPLES: receipt, **{name: column[index] for name, column in columns.items()}}
             pinned = {name: {"file": r.file, "sha256": r.sha256} for name, r in files.items()}
             gone = dropped.get(index)
-            kept = {}
+            more: dict[str, Any] = {}
+            kept = np.ones(receipt.rows, bool)
             if where or gone is not None:
-                kept = {"kept": _kept(dataset, columns, index, receipt.rows, where, gone)}
-            shards.append({"index": index, "rows": receipt.rows, "columns": pinned, **kept})
+                kept = _kept(dataset, columns, index, receipt.rows, where, gone)
+                more["kept"] = pack_presence(kept)
+            table = dataset.table(receipt.file).select(["split", "status"])
+            more["sizes"] = {split: int((_in_split(table, split) & kept).sum()) for split in SPLITS}
+            shards.append({"index": index, "rows": receipt.rows, "columns": pinned, **more})
         if not shards:
             raise WorkMissing(
                 f"{dataset.url} has no shard that is finished in {', '.join(recipes)}; run the build again"
@@ -205,7 +252,14 @@ class Snapshot:
     def _of(cls, dataset: Dataset, digest: str, content: dict[str, Any]) -> Snapshot:
         modalities = {name: _modality(entry) for name, entry in content["modalities"].items()}
         shards = [
-            ShardRef(s["index"], s["rows"], {n: c["file"] for n, c in s["columns"].items()}, s.get("kept"))
+            ShardRef(
+                s["index"],
+                s["rows"],
+                {n: c["file"] for n, c in s["columns"].items()},
+                s.get("kept"),
+                s.get("sizes"),
+                {n: c["sha256"] for n, c in s["columns"].items()},
+            )
             for s in content["shards"]
         ]
         return cls(dataset, digest, content, modalities, shards)
@@ -218,15 +272,21 @@ def _kept(
     rows: int,
     where: Sequence[Condition],
     dropped: np.ndarray | None,
-) -> str:
-    """A bitmap of the rows that fulfil all conditions and were not dropped."""
+) -> np.ndarray:
+    """bool (rows,): those that fulfil all conditions and were not dropped."""
     kept = np.ones(rows, bool)
     if dropped is not None:
         kept[dropped] = False
     for condition in where:
         file = columns[condition.name][shard].file
         kept &= condition.keeps(open_column(dataset.table(file), f"{dataset.url}/{file}"))
-    return pack_presence(kept)
+    return kept
+
+
+def _in_split(table: pa.Table, split: str) -> np.ndarray:
+    """bool (rows,): readable and of a split, of the columns split and status."""
+    found = pc.and_(pc.equal(table["split"], split), pc.equal(table["status"], OK))
+    return np.asarray(found.to_numpy(), bool)
 
 
 def provenances(receipts: Iterable[Receipt]) -> list[dict[str, Any]]:

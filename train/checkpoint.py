@@ -112,7 +112,8 @@ def read_state(folder: Path) -> TrainState:
             file = folder / name
             if not file.is_file() or file.stat().st_size != size or _fingerprint(file)[1] != digest:
                 raise CheckpointError(f"{file} is missing, cut short or changed; remove {folder}")
-        position = Position(**content["position"])
+        where = content["position"]
+        position = Position(int(where["samples"]), tuple(float(epoch) for epoch in where["epochs"]))
         return TrainState(
             content["step"], position, content["snapshot"], content["config"], content["versions"]
         )

@@ -1,8 +1,9 @@
 """Random numbers for a whole batch at once, each row's a function of (seed, purpose, key64, visit) alone.
 
-`fourmill.seeds.generator` makes one generator per choice; a batch needs thousands of choices, so here the
-counter-based generator itself (Philox4x32-10, Salmon et al. 2011) is evaluated as array arithmetic. A row's
-numbers do not depend on the other rows of the batch, nor on how many numbers anybody drew before.
+`fourmill.seeds.generator` makes one generator per choice; a batch needs thousands of choices, so here a counter is
+mixed directly: word i of a row is mix(key + (i + 1) * odd constant), which is SplitMix64 (Steele et al. 2014) at an
+arbitrary place, with a key that is itself a mix of seed, purpose, key64 and visit. A row's numbers depend neither on
+the other rows of the batch nor on how many numbers anybody drew before. `fourmill.train.kernel` draws the same ones.
 """
 
 from __future__ import annotations
@@ -13,24 +14,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import gammaincinv
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+VISIT = np.uint64(0xD1B54A32D192ED03)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+TO_UNIT = 2.0**-32
 
 
-def philox4x32(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Four 32-bit outputs (as uint64 arrays) for four 32-bit counters (uint64 arrays, broadcast) and a key."""
-    c0, c1, c2, c3 = np.broadcast_arrays(*counter)
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0 = (product1 >> _HALF) ^ c1 ^ np.uint64(k0)
-        c2 = (product0 >> _HALF) ^ c3 ^ np.uint64(k1)
-        c1, c3 = product1 & _LOW, product0 & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
+def mix(values: np.ndarray) -> np.ndarray:
+    """A bijective 64-bit mixer whose low bits depend on every input bit (the finalizer of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def purpose_key(seed: int, purpose: str) -> int:
+    """64 bits that stand for a purpose of a run."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +48,51 @@ class Draws:
         """The same numbers for the rows that ``index`` selects."""
         return replace(self, key64=self.key64[index], visit=self.visit[index])
 
-    def words(self, purpose: str, count: int) -> np.ndarray:
-        """uint32 (B, count): ``count`` uniform words per row for one purpose."""
-        digest = hashlib.blake2b(f"{self.seed}/{purpose}".encode(), digest_size=8).digest()
-        key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
-        blocks = np.arange((count + 3) // 4, dtype=np.uint64)[None, :]
-        visit = self.visit.astype(np.uint64)[:, None] & _LOW
-        low, high = (self.key64 & _LOW)[:, None], (self.key64 >> _HALF)[:, None]
-        out = np.stack(philox4x32((blocks, visit, low, high), key), axis=-1)
-        return out.astype(np.uint32).reshape(len(self), -1)[:, :count]
+    def words(self, purpose: str, count: int, start: int = 0) -> np.ndarray:
+        """uint64 (B, count): uniform words ``start .. start + count`` of each row for one purpose."""
+        base = mix(mix(self.key64) + self.visit.astype(np.uint64) * VISIT)
+        key = mix(base ^ np.uint64(purpose_key(self.seed, purpose)))
+        return mix(key[:, None] + np.arange(start + 1, start + count + 1, dtype=np.uint64) * GOLDEN)
+
+    def halves(self, purpose: str, count: int, start: int = 0) -> np.ndarray:
+        """uint64 (B, count), of 32 bits each: the upper and the lower half of one word after the other, from ``start`` on."""
+        words = self.words(purpose, (count + 1) // 2, start)
+        return np.stack([words >> _HALF, words & _LOW], axis=-1).reshape(len(self), -1)[:, :count]
 
     def uniform(self, purpose: str, count: int) -> np.ndarray:
         """float64 (B, count) strictly inside (0, 1)."""
-        return (self.words(purpose, count) + 0.5) * 2.0**-32
+        return to_unit(self.words(purpose, count) >> _HALF)
 
     def integers(self, purpose: str, high: np.ndarray | int) -> np.ndarray:
-        """int64 (B,): uniform on 0 .. high - 1 (``high`` at least 1, per row or for all)."""
-        return np.floor(self.uniform(purpose, 1)[:, 0] * high).astype(np.int64)
+        """int64 (B,): uniform on 0 .. high - 1 (``high`` at least 1 and below 2**32, per row or for all)."""
+        return below(self.words(purpose, 1)[:, 0] >> _HALF, high)
 
-    def permutations(self, purpose: str, count: int) -> np.ndarray:
-        """int64 (B, count): a uniform random permutation of 0 .. count - 1 per row.
+    def permutations(self, purpose: str, count: int, depth: int | None = None) -> np.ndarray:
+        """int64 (B, count): a permutation of 0 .. count - 1 per row, uniform in its first ``depth`` (None: all) places.
 
-        The position is packed into the low bits of a random word and the words are sorted: sorting integers
-        is several times faster than argsort.
+        Fisher and Yates's shuffle, stopped early: place i is exchanged with one that is not before it.
         """
-        bits = max(count - 1, 1).bit_length()
-        mask = np.uint32((1 << bits) - 1)
-        packed = (self.words(purpose, count) & ~mask) | np.arange(count, dtype=np.uint32)
-        packed.sort(axis=1)
-        return (packed & mask).astype(np.int64)
+        depth = count if depth is None else min(depth, count)
+        order = np.tile(np.arange(count), (len(self), 1))
+        halves = self.halves(purpose, depth)
+        rows = np.arange(len(self))
+        for place in range(depth):
+            other = place + below(halves[:, place], count - place)
+            chosen = order[rows, other]
+            order[rows, other] = order[:, place]
+            order[:, place] = chosen
+        return order
+
+
+def to_unit(halves: np.ndarray) -> np.ndarray:
+    """float64 strictly inside (0, 1), of words of 32 bits."""
+    unit: np.ndarray = (halves + 0.5) * TO_UNIT
+    return unit
+
+
+def below(halves: np.ndarray, high: np.ndarray | int) -> np.ndarray:
+    """int64 on 0 .. high - 1, of words of 32 bits: high * word / 2**32."""
+    return ((halves * np.asarray(high).astype(np.uint64)) >> _HALF).astype(np.int64)
 
 
 class LogGamma:
@@ -86,21 +102,21 @@ class LogGamma:
     from a table with linear interpolation between 4,096 points. Alpha 0 gives -inf: never.
     """
 
-    _POINTS = 4096
+    POINTS = 4096
 
     def __init__(self, alphas: np.ndarray) -> None:
         """``alphas`` float64, any shape: rows of indices into its flattened form are given to `sample`."""
         self.alphas = np.asarray(alphas, np.float64).reshape(-1)
-        values, self._table_of = np.unique(self.alphas, return_inverse=True)
-        grid = (np.arange(self._POINTS + 1) / self._POINTS).clip(0.25 / self._POINTS, 1 - 0.25 / self._POINTS)
-        self._tables = np.log(np.stack([gammaincinv(value + 1, grid) for value in values]))
+        values, self.table_of = np.unique(self.alphas, return_inverse=True)
+        grid = (np.arange(self.POINTS + 1) / self.POINTS).clip(0.25 / self.POINTS, 1 - 0.25 / self.POINTS)
+        self.tables = np.log(np.stack([gammaincinv(value + 1, grid) for value in values]))
 
-    def sample(self, index: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """float64 (...): log Gamma(alphas[index]); ``uniforms`` (..., 2) in (0, 1)."""
-        scaled = uniforms[..., 0] * self._POINTS
+    def sample(self, index: np.ndarray, words: np.ndarray) -> np.ndarray:
+        """float64 (...): log Gamma(alphas[index]), of one uint64 word each."""
+        scaled = to_unit(words >> _HALF) * self.POINTS
         cell = scaled.astype(np.int64)
-        table = self._table_of[index]
-        low, high = self._tables[table, cell], self._tables[table, cell + 1]
+        table = self.table_of[index]
+        low, high = self.tables[table, cell], self.tables[table, cell + 1]
         alpha = self.alphas[index]
-        boost = np.log(uniforms[..., 1]) / np.where(alpha > 0, alpha, 1.0)
+        boost = np.log(to_unit(words & _LOW)) / np.where(alpha > 0, alpha, 1.0)
         return np.where(alpha > 0, low + (scaled - cell) * (high - low) + boost, -np.inf)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fourmill.errors import ConfigError
-from fourmill.train.batches import Batch, Part, pack
+from fourmill.train.batches import Batch, Part, batch_of, lay_out
 from fourmill.train.draws import Draws
-from fourmill.train.model import FourMill
+from fourmill.train.model import Context, FourMill
+from fourmill.train.patches import cut_patches
 from fourmill.train.presets import EOS, FIRST_SENTINEL, NUM_SENTINELS, PATCH_SIZE, ModalitySpec
 from fourmill.train.ranks import autocast
 from fourmill.train.sampling import Schedule, check_sampling, draw, token_counts
@@ -31,7 +32,6 @@ from fourmill.train.spans import merge_spans
 
 Scheme = Literal["roar", "maskgit", "autoregressive"]
 Tokens = Any  # np.ndarray (B, n) | list[np.ndarray | None], see above
-Context = tuple[Tensor, Tensor | None]
 UNKNOWN = -1
 
 
@@ -234,7 +234,7 @@ class _Worker:
         for weight, dropped in self.branches:
             batch = self._batch([*self._inputs(dropped), *own], [target])
             with autocast("auto", self.device):
-                states = self.model.decode(batch, *self.model.encode(batch))
+                states = self.model.decode(batch, self.model.encode(batch))
                 logits = next(self.model.logits(batch, states))[1]
             out = out + weight * logits.float()
         assert isinstance(out, Tensor)
@@ -290,7 +290,7 @@ class _Worker:
         out: Tensor | float = 0.0
         for weight, context in contexts:
             with autocast("auto", self.device):
-                states = self.model.decode(batch, *context)
+                states = self.model.decode(batch, context)
                 out = out + weight * next(self.model.logits(batch, states))[1].float()
         assert isinstance(out, Tensor)
         return out
@@ -312,17 +312,22 @@ class _Worker:
             elif spec.kind == "pixels" and name not in dropped:
                 places = np.broadcast_to(np.arange(spec.num_tokens), (len(value), spec.num_tokens))
                 full = np.full(len(value), spec.num_tokens)
-                parts.append(Part(index, np.zeros_like(places), places, full, images=dict(enumerate(value))))
+                parts.append(Part(index, np.zeros_like(places), places, full))
             elif name not in dropped:
                 parts.append(_visible(index, value))
         return parts
 
     def _batch(self, inputs: list[Part], targets: list[Part]) -> Batch:
-        def slots(parts: list[Part]) -> int:
-            return int(np.sum([part.counts for part in parts], axis=0).max()) if parts else 0
-
-        size = (max(1, slots(inputs)), max(1, slots(targets)))
-        return pack(inputs, targets, self.model.config, len(self.draws), size).to(self.device)
+        rows, specs = len(self.draws), self.model.config.modalities
+        shown, asked = lay_out(inputs, rows), lay_out(targets, rows)
+        patches = [np.zeros((0, 3 * PATCH_SIZE**2), np.uint8)]
+        slots = [np.zeros(0, np.int64)]
+        for part in inputs:
+            if specs[part.modality].kind == "pixels":
+                patches += [cut_patches(image) for image in self.conditions[specs[part.modality].name]]
+                slots.append(np.flatnonzero(shown.modality == part.modality))
+        pixels = (np.concatenate(patches), np.concatenate(slots))
+        return batch_of(shown, asked, len(specs), pixels).to(self.device)
 
 
 def _checked(spec: ModalitySpec, value: Tokens) -> Tokens:

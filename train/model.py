@@ -1,16 +1,19 @@
 """The any-to-any transformer: an encoder over visible tokens, a decoder over those to be predicted (4M, section 2).
 
-Legend: B samples, N input slots, T target slots, D width, H heads, V vocabulary, M modalities.
+Legend: B samples, I input slots, T target slots (of all samples, end to end), D width, H heads, V vocabulary, M modalities.
 
 Ids are gathered first and embedded afterwards: the token tables of all modalities are one table with an offset
-per modality, so that embedding a batch costs N look-ups per sample however many modalities there are. Attention
-is `scaled_dot_product_attention`; logits are computed only where a modality has labels.
+per modality, so that embedding a batch costs a look-up per slot however many modalities there are. There are no empty
+slots; only attention, `scaled_dot_product_attention`, puts samples of unequal length into rows with room left over.
+Logits are computed only where a modality has labels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +45,37 @@ class Stacked(nn.Linear):
         self.parts = parts
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How slots that lie end to end stand in rows, one per sample."""
+
+    count: int
+    width: int
+    places: Tensor | None  # int64 (L,): in the flattened rows; None where every row is full
+
+    @classmethod
+    def of(cls, count: int, width: int, places: Tensor, slots: Tensor) -> Rows:
+        return cls(count, width, None if len(slots) == count * width else places)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(L, ...) -> (count, width, ...), zero where there is no slot."""
+        if self.places is not None:
+            x = x.new_zeros(self.count * self.width, *x.shape[1:]).index_copy(0, self.places, x)
+        return x.unflatten(0, (self.count, self.width))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(count, width, ...) -> (L, ...)"""
+        x = x.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+    def key_mask(self) -> Tensor | None:
+        """bool (count, 1, 1, width): the slots that there are, all of them in a row without any; None: all."""
+        if self.places is None:
+            return None
+        full = self.spread(torch.ones_like(self.places, dtype=torch.bool))
+        return (full | ~full.any(dim=1, keepdim=True))[:, None, None, :]
+
+
 class Attention(nn.Module):
     """Multi-head attention, of a sequence to itself or to a context. No biases."""
 
@@ -52,14 +86,23 @@ class Attention(nn.Module):
         self.projections = Stacked(dim, dim, 2 if cross else 3)  # (q,) k, v
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None = None) -> Tensor:
-        """``x`` (B, T, D), ``mask`` bool broadcast to (B, 1, T, S), True where it may look; ``context`` (B, S, D)."""
-        source = x if context is None else context
-        heads = [self._split(part) for part in self.projections(source).chunk(self.projections.parts, dim=-1)]
-        query = self._split(self.query(x)) if self.query is not None else heads.pop(0)
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        mask: Tensor | None,
+        context: Tensor | None = None,
+        context_rows: Rows | None = None,
+    ) -> Tensor:
+        """``x`` (T, D) in ``rows``, ``context`` (S, D) in rows of its own; ``mask`` bool broadcast to (B, 1, width of
+        rows, width of context), True where a slot may look."""
+        source, source_rows = (x, rows) if context is None else (context, context_rows or rows)
+        stacked = source_rows.spread(self.projections(source))
+        heads = [self._split(part) for part in stacked.chunk(self.projections.parts, dim=-1)]
+        query = self._split(rows.spread(self.query(x))) if self.query is not None else heads.pop(0)
         key, value = heads
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(rows.gather(mixed.transpose(1, 2).flatten(2)))
 
     def look_in_place(self) -> None:
         """Make queries and keys copies of their inputs: places with equal positions then match at once."""
@@ -85,6 +128,14 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class Context(NamedTuple):
+    """What the decoder sees of the inputs: states (I, D), their rows, and which of the rows' places hold one."""
+
+    states: Tensor
+    rows: Rows
+    mask: Tensor | None
+
+
 class EncoderBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,8 +144,8 @@ class EncoderBlock(nn.Module):
         self.mlp_norm = Norm(config.dim)
         self.mlp = SwiGLU(config.dim, config.mlp_hidden)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)
+    def forward(self, x: Tensor, rows: Rows, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rows, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -109,9 +160,10 @@ class DecoderBlock(nn.Module):
         self.mlp_norm = Norm(config.dim)
         self.mlp = SwiGLU(config.dim, config.mlp_hidden)
 
-    def forward(self, x: Tensor, mask: Tensor | None, context: Tensor, context_mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)
-        x = x + self.cross_attention(self.query_norm(x), context_mask, self.context_norm(context))
+    def forward(self, x: Tensor, rows: Rows, mask: Tensor | None, context: Context) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rows, mask)
+        seen = self.context_norm(context.states)
+        x = x + self.cross_attention(self.query_norm(x), rows, context.mask, seen, context.rows)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -241,60 +293,55 @@ class FourMill(nn.Module):
         return self.decoder_tokens.weight.split([*sizes, len(self.decoder_tokens.weight) - sum(sizes)])
 
     def _embedding(self, modality: Tensor, positions: Tensor, learned: Tensor | None) -> Tensor:
-        """Position plus modality (B, L, D), zero in empty slots."""
+        """Position plus modality (L, D)."""
         table = self.fixed_positions if learned is None else torch.cat([self.fixed_positions, learned])
-        index = modality.clamp(min=0)
-        embedding = F.embedding(self.position_offset[index] + positions, table) + F.embedding(
-            index, self.modality_embedding
+        return F.embedding(self.position_offset[modality] + positions, table) + F.embedding(
+            modality, self.modality_embedding
         )
-        return embedding * (modality >= 0).unsqueeze(-1)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Context (B, N, D) for the decoder, and its key mask (B, 1, 1, N), None when every slot is full."""
+    def encode(self, batch: Batch) -> Context:
+        """What the decoder may look at."""
         modality = batch.input_modality.long()
-        full = modality >= 0
-        tokens = self.encoder_tokens(
-            self.input_offset[modality.clamp(min=0)] + batch.input_ids
-        ) * full.unsqueeze(-1)
+        tokens = self.encoder_tokens(self.input_offset[modality] + batch.input_ids.long())
         if self.patch_projection is not None:
             tokens = self._add_patches(tokens, batch)
         embedding = self._embedding(modality, batch.input_positions.long(), self.encoder_positions)
-        mask = None if batch.inputs_full else _key_mask(full)
+        rows = Rows.of(len(batch), batch.input_width, batch.input_places, modality)
+        mask = rows.key_mask()
         x = tokens + embedding
         for block in self.encoder:
-            x = self._run(block, x, mask)
-        return self.context_projection(self.encoder_norm(x)) + embedding, mask
+            x = self._run(block, x, rows, mask)
+        return Context(self.context_projection(self.encoder_norm(x)) + embedding, rows, mask)
 
     def _add_patches(self, tokens: Tensor, batch: Batch) -> Tensor:
         assert self.patch_projection is not None
         scale = torch.tensor(_PIXEL_STD, device=tokens.device).repeat(PATCH_SIZE**2)
         shift = torch.tensor(_PIXEL_MEAN, device=tokens.device).repeat(PATCH_SIZE**2)
         patches = self.patch_projection((batch.patches / 255.0 - shift) / scale)
-        return tokens.flatten(0, 1).index_copy(0, batch.patch_slots, patches.to(tokens.dtype)).view_as(tokens)
+        return tokens.index_copy(0, batch.patch_slots, patches.to(tokens.dtype))
 
-    def decode(self, batch: Batch, context: Tensor, context_mask: Tensor | None) -> Tensor:
-        """(B, T, D): the normalised state of every target slot."""
+    def decode(self, batch: Batch, context: Context) -> Tensor:
+        """(T, D): the normalised state of every target slot."""
         modality = batch.target_modality.long()
-        offset = self.target_offset[modality.clamp(min=0)]
-        tokens = self.decoder_tokens(offset + batch.previous.clamp(min=0))
-        tokens = torch.where((batch.previous < 0).unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        x = tokens * (modality >= 0).unsqueeze(-1) + self._embedding(
-            modality, batch.target_positions.long(), self.decoder_positions
-        )
-        mask = decoder_mask(modality, self.is_causal)
+        tokens = self.decoder_tokens(self.target_offset[modality] + batch.previous.long())
+        reads = self.is_causal[modality].unsqueeze(-1)  # the token before; others read the mask token
+        tokens = torch.where(reads, tokens, self.mask_token.to(tokens.dtype))
+        x = tokens + self._embedding(modality, batch.target_positions.long(), self.decoder_positions)
+        rows = Rows.of(len(batch), batch.target_width, batch.target_places, modality)
+        mask = decoder_mask(rows.spread(modality + 1) - 1, self.is_causal)
         for block in self.decoder:
-            x = self._run(block, x, mask, context, context_mask)
+            x = self._run(block, x, rows, mask, context)
         return self.decoder_norm(x)
 
-    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
         if self.checkpoint_blocks and self.training:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
     def logits(self, batch: Batch, states: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For each modality with labels: its index, logits (n, V) and labels int64 (n,), in the batch's label order."""
-        chosen = states.flatten(0, 1).index_select(0, batch.label_order).split(batch.counts)
-        labels = batch.labels.flatten().index_select(0, batch.label_order).long().split(batch.counts)
+        chosen = states.index_select(0, batch.label_order).split(batch.counts)
+        labels = batch.labels.long().index_select(0, batch.label_order).split(batch.counts)
         heads = self.heads()
         for m, count in enumerate(batch.counts):
             if count:
@@ -302,7 +349,7 @@ class FourMill(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 (M,): the sum of the cross-entropies of each modality's labels, in nats."""
-        states = self.decode(batch, *self.encode(batch))
+        states = self.decode(batch, self.encode(batch))
         nothing = (
             states[..., :0].float().sum()
         )  # zero, but part of the graph: every parameter gets a gradient
@@ -313,10 +360,10 @@ class FourMill(nn.Module):
 
 
 def decoder_mask(modality: Tensor, is_causal: Tensor) -> Tensor:
-    """bool (B, 1, T, T), True where slot i may look at slot j (section 3.6 of the 4M notes).
+    """bool (B, 1, W, W), True where place i may look at place j (section 3.6 of the 4M notes).
 
-    Within a modality only; grids and vectors see all of it, sequences what comes before. Every slot sees itself,
-    so that empty ones have something to attend to.
+    ``modality`` int64 (B, W), -1 where there is no slot. Within a modality only; grids and vectors see all of it,
+    sequences what comes before. Every place sees itself, so that empty ones have something to attend to.
     """
     same = (modality[:, :, None] == modality[:, None, :]) & (modality[:, None, :] >= 0)
     slots = torch.arange(modality.shape[1], device=modality.device)
@@ -324,11 +371,6 @@ def decoder_mask(modality: Tensor, is_causal: Tensor) -> Tensor:
     causal = is_causal[modality.clamp(min=0)][:, :, None]
     allowed = same & (earlier | ~causal) | torch.eye(len(slots), dtype=torch.bool, device=modality.device)
     return allowed[:, None]
-
-
-def _key_mask(full: Tensor) -> Tensor:
-    """bool (B, 1, 1, N): the slots that hold something; all of them in a row that holds nothing (uniform attention)."""
-    return (full | ~full.any(dim=1, keepdim=True))[:, None, None, :]
 
 
 def _xavier(weight: Tensor, fan_in: int, fan_out: int, generator: torch.Generator) -> None:

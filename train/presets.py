@@ -64,6 +64,7 @@ class ModalitySpec:
     num_tokens: int
     is_input: bool
     is_target: bool
+    chunk: int = 1  # tokens of a sequence that are shuffled and masked as one; 1: not shuffled
 
     @property
     def is_sequence(self) -> bool:

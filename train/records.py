@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourmill.train.order import SampleOrder
+from fourmill.train.order import Order
 from fourmill.train_config import TrainConfig
 
 FILE = "metrics.jsonl"
@@ -28,7 +28,9 @@ class StepOutcome:
     loss: float
     grad_norm: float
     lr: float
-    real_shares: Sequence[tuple[float, float]]  # of input and target slots, by micro-batch of this rank
+    filled: Sequence[
+        tuple[float, float]
+    ]  # how much of the input and target budgets, by micro-batch of this rank
 
 
 class Records:
@@ -54,29 +56,26 @@ class Records:
         return record.get("loss", float("nan")), record.get("losses", {})
 
     def add(
-        self, step: int, order: SampleOrder, outcome: StepOutcome, validation: Mapping[str, float] | None
+        self, step: int, order: Order, outcome: StepOutcome, validation: Mapping[str, float] | None
     ) -> dict[str, Any]:
         """The short record of a step, or the whole one where it is time for that (and then it is written)."""
         self._sums = self._sums + outcome.sums.double()
         self._counts += np.asarray(outcome.counts)
         self._losses.append(outcome.loss)
-        self._shares += outcome.real_shares
+        self._shares += outcome.filled
         config = self.config
         speed = len(self._losses) * config.batch_size / (time.perf_counter() - self._since)
         record: dict[str, Any] = {"step": step, "steps": config.steps, "loss": outcome.loss, "lr": outcome.lr}
         record["samples_per_s"] = round(speed, 2)
         if step % config.log_every and step != config.steps and validation is None:
             return record
-        position = order.position(step * config.batch_size)
-        real_inputs, real_targets = np.mean(self._shares, axis=0)
+        inputs, targets = np.mean(self._shares, axis=0)
         record["loss"] = float(np.mean(self._losses))
         record["losses"] = means(self.names, self._sums.cpu().numpy(), self._counts)
         record["grad_norm"] = outcome.grad_norm
-        record["epoch"] = round(position.epoch + position.position / order.num_samples, 4)
-        record["real_inputs"], record["real_targets"] = (
-            round(float(real_inputs), 4),
-            round(float(real_targets), 4),
-        )
+        epochs = order.position(step).epochs
+        record["epoch"] = epochs[0] if len(epochs) == 1 else list(epochs)
+        record["filled_inputs"], record["filled_targets"] = round(float(inputs), 4), round(float(targets), 4)
         if validation is not None:
             record["val_losses"] = dict(validation)
         if self.is_first:

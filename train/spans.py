@@ -10,13 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourmill.train.draws import Draws
+from fourmill.train.draws import Draws, below
 from fourmill.train.presets import EOS, FIRST_SENTINEL, NUM_SENTINELS
 
-_SHRINK = 0.9  # of keep_prob, while the input is longer than its budget
-_MOST_TRIES = 200  # keep_prob is then below 1e-9, and everything is dropped
-_TRIES_AT_ONCE = 8
-_SHRINKING = _SHRINK ** np.arange(_TRIES_AT_ONCE)
+SHRINK = 0.9  # of keep_prob, while the input is longer than its budget
+TRIES = 200  # keep_prob is then below 1e-9, and everything is dropped
 KEEP_RANDOM, KEEP_ALL, KEEP_BINARY = range(3)
 
 
@@ -73,14 +71,16 @@ def mask_spans(
     input_budget: np.ndarray,
     target_budget: np.ndarray,
     scheme: np.ndarray,
+    chunk: int = 1,
+    most: int | None = None,
 ) -> Spans:
-    """Mask a batch of sequences within its budgets.
+    """Mask a batch of sequences of at most ``most`` (None: L) tokens within its budgets, ``chunk`` tokens as one.
 
     ``ids`` (B, L) with EOS among the ``lengths`` (B,) real tokens. ``input_budget`` (B,) bounds the input's tokens,
     ``target_budget`` (B,) the decoder slots, one less than the target's tokens. ``scheme`` (B,) is one of KEEP_*.
     Where the input budget is 0 nothing is visible and everything is target.
     """
-    dropped = _choose(draws, name, ids, lengths, input_budget, scheme)
+    dropped = _choose(draws, name, lengths, ids.shape[1], input_budget, scheme, chunk, most or ids.shape[1])
     spans = span_layout(ids, lengths, dropped)
     spans.input_lengths[input_budget == 0] = 0
     chosen = draws.uniform(f"span/{name}/cut", 1)[:, 0]
@@ -90,34 +90,56 @@ def mask_spans(
 
 
 def _choose(
-    draws: Draws, name: str, ids: np.ndarray, lengths: np.ndarray, budget: np.ndarray, scheme: np.ndarray
+    draws: Draws,
+    name: str,
+    lengths: np.ndarray,
+    width: int,
+    budget: np.ndarray,
+    scheme: np.ndarray,
+    chunk: int,
+    most: int,
 ) -> np.ndarray:
     """bool (B, L): which tokens are dropped. Redrawn with a smaller keep_prob while the input is too long."""
     first = draws.uniform(f"span/{name}/keep", 1)[:, 0]
     keep = np.select([scheme == KEEP_ALL, scheme == KEEP_BINARY], [1.0, (first < 0.5) * 1.0], first)
-    dropped = np.ones(ids.shape, bool)
+    dropped = np.ones((len(lengths), width), bool)
+    chunk_of = np.arange(width) // chunk
     todo = np.flatnonzero((budget > 0) & (lengths > 0))
-    for block in range(_MOST_TRIES // _TRIES_AT_ONCE):
+    for number in range(TRIES):
         if not todo.size:
             break
-        # Token by token, then try by try: a row's numbers must not depend on the longest sequence of the batch.
-        uniforms = draws.rows(todo).uniform(f"span/{name}/{block}", ids.shape[1] * _TRIES_AT_ONCE)
-        uniforms = uniforms.reshape(len(todo), -1, _TRIES_AT_ONCE).swapaxes(1, 2)
-        tries = uniforms > keep[todo, None, None] * _SHRINKING[:, None]
-        fits = _input_lengths(tries, lengths[todo, None]) <= budget[todo, None]
-        done = fits.any(1)
-        dropped[todo[done]] = tries[done, fits[done].argmax(1)]
-        keep[todo] *= _SHRINK**_TRIES_AT_ONCE
-        todo = todo[~done]
+        limit = np.ceil(keep[todo, None] * 2.0**32).astype(np.uint64)
+        # Tries are ``most`` numbers apart: a row's must not depend on the longest sequence of the batch.
+        halves = draws.rows(todo).halves(f"span/{name}/tries", width, number * ((most + 1) // 2))
+        found = halves[:, chunk_of] >= limit
+        dropped[todo] = found
+        keep[todo] *= SHRINK
+        todo = todo[_input_lengths(found, lengths[todo]) > budget[todo]]
+    dropped[todo] = True
     return dropped
 
 
+def shuffle_chunks(draws: Draws, name: str, ids: np.ndarray, lengths: np.ndarray, chunk: int) -> None:
+    """Put the whole chunks of each row's ``lengths`` (B,) first tokens into a random order, in place."""
+    rows, places = np.arange(len(ids)), np.arange(chunk)
+    chunks = lengths // chunk
+    most = int(chunks.max(initial=0))
+    halves = draws.halves(f"shuffle/{name}", most)
+    for number in range(most):
+        here = rows[chunks > number]
+        other = number + below(halves[here, number], chunks[here] - number)
+        one, two = number * chunk + places, other[:, None] * chunk + places
+        chosen = ids[here[:, None], two]
+        ids[here[:, None], two] = ids[here[:, None], one]
+        ids[here[:, None], one] = chosen
+
+
 def _input_lengths(dropped: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens of the input, of dropped (..., L): those kept and one sentinel for each run of dropped ones."""
+    """Tokens of the input (B,), of dropped (B, L): those kept and one sentinel for each run of dropped ones."""
     shown = ~dropped
-    shown[..., 0] = True
-    shown[..., 1:] |= ~dropped[..., :-1]
-    return (shown & (np.arange(dropped.shape[-1]) < lengths[..., None])).sum(-1)
+    shown[:, 0] = True
+    shown[:, 1:] |= ~dropped[:, :-1]
+    return (shown & (np.arange(dropped.shape[1]) < lengths[:, None])).sum(-1)
 
 
 def cut_targets(

@@ -16,22 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import DataLoader, Dataset
 
-from fourmill.errors import ConfigError, FourmillError, WorkMissing
+from fourmill.errors import FourmillError, WorkMissing
 from fourmill.shards.snapshot import Snapshot
 from fourmill.train import checkpoint
-from fourmill.train.batches import Batch, BatchMaker, Samples
+from fourmill.train.batches import Batch
 from fourmill.train.codebooks import read_codebooks
+from fourmill.train.loader import Loader
 from fourmill.train.loss import loss_weights
 from fourmill.train.model import FourMill
 from fourmill.train.optimizer import Optimizers
-from fourmill.train.order import SampleOrder
 from fourmill.train.presets import model_config
 from fourmill.train.ranks import Ranks, autocast, join
 from fourmill.train.records import OnStep, Records, StepOutcome, means
@@ -78,6 +76,8 @@ def train_on(
     stop: Callable[[], bool] | None = None,
 ) -> TrainResult:
     """`train` for a snapshot that is already open."""
+    if isinstance(snapshot, Snapshot):
+        snapshot = snapshot.cached(int(config.cache_gb * 2**30), config.cache_dir)
     with join(config.device) as ranks, _asked_to_stop(stop) as stopping:
         return Trainer(snapshot, Path(out_dir), config, ranks).run(on_step or _ignore, stopping)
 
@@ -88,14 +88,9 @@ class Trainer:
     def __init__(self, snapshot: Any, out_dir: Path, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.out_dir = config, ranks, out_dir
         self.digest: str = snapshot.digest
-        if config.batch_size % ranks.world:
-            raise ConfigError(
-                f"train.batch_size: {config.batch_size} samples cannot be shared by {ranks.world} ranks"
-            )
         shape = model_config(config, snapshot.modalities, snapshot.image_size)
-        self.samples = Samples(snapshot, shape.modalities)
-        self.order = SampleOrder(len(self.samples), config.seed)
-        self.maker = BatchMaker(self.samples, shape, config)
+        self.loader = Loader([snapshot], shape, config, rank=ranks.rank, world=ranks.world)
+        self.order = self.loader.order
         self.model = FourMill(shape, config.seed).to(ranks.device)
         self.model.checkpoint_blocks = config.activation_checkpointing
         self.optimizer = Optimizers(self.model, config)
@@ -106,7 +101,7 @@ class Trainer:
         self.wrapped: nn.Module = self.model
         if ranks.world > 1:
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self.validation = self._validation(snapshot) if config.eval_every else []
+        self.validation = self._validation() if config.eval_every else []
 
     def _resume(self) -> int | None:
         folder = checkpoint.newest(self.out_dir)
@@ -116,25 +111,21 @@ class Trainer:
         checkpoint.check_same_run(state, self.digest, self.config, self.out_dir)
         checkpoint.restore(folder, self.model, self.optimizer)
         self.step = state.step
-        if self.order.position(self.step * self.config.batch_size) != state.position:
+        if self.order.position(self.step) != state.position:
             raise FourmillError(
                 f"{folder}: its position in the data is not that of step {self.step}; remove {folder}"
             )
         return self.step
 
-    def _validation(self, snapshot: Any) -> list[Batch]:
+    def _validation(self) -> list[Batch]:
         """The batches of this rank's share of the split ``val``, always masked in the same way."""
-        samples = Samples(snapshot, self.model.config.modalities, "val")
-        maker = BatchMaker(samples, self.model.config, self.config)
-        index = np.arange(min(len(samples), self.config.eval_samples))[self.ranks.rank :: self.ranks.world]
         size = self.config.micro_batch or max(1, self.config.batch_size // self.ranks.world)
-        parts = [index[start : start + size] for start in range(0, len(index), size)]
-        return [maker(part, np.zeros_like(part)) for part in parts]
+        return self.loader.validation(size)
 
     def run(self, on_step: OnStep, stopping: Callable[[], bool]) -> TrainResult:
         begin = time.perf_counter()
         records = Records(self.out_dir, self.config, self.model.config.names, self.step, self.ranks.is_first)
-        for batches in self._batches():
+        for batches in self.loader.steps(self.step):
             outcome = self._train_step(batches)
             validation = self.validation_losses() if self._is_time_to_validate() else None
             record = records.add(self.step, self.order, outcome, validation)
@@ -157,21 +148,6 @@ class Trainer:
     def _is_time_to_validate(self) -> bool:
         every = self.config.eval_every
         return bool(every) and (self.step % every == 0 or self.step == self.config.steps)  # type: ignore[operator]
-
-    def _batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of the steps that are still to be done, made ahead by worker processes if there are any."""
-        steps = range(self.step, self.config.steps)
-        workers = self.config.workers
-        source = StepBatches(self.maker, self.order, self.ranks.rank, self.ranks.world)
-        context = "forkserver" if workers else None
-        yield from DataLoader(
-            source,
-            None,
-            sampler=steps,
-            num_workers=workers,
-            collate_fn=_same,
-            multiprocessing_context=context,
-        )
 
     def _train_step(self, batches: Sequence[Batch]) -> StepOutcome:
         """One optimizer step over all ranks."""
@@ -202,7 +178,7 @@ class Trainer:
             )
         self.optimizer.step(rate)
         self.step += 1
-        return StepOutcome(sums, counts, loss, norm, rate, [batch.real_share for batch in batches])
+        return StepOutcome(sums, counts, loss, norm, rate, [self.loader.fill_of(batch) for batch in batches])
 
     def _clip(self) -> float:
         """The norm of the whole gradient, which is then shortened to ``clip_grad``."""
@@ -220,7 +196,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.ranks.is_first:
-            position = self.order.position(self.step * self.config.batch_size)
+            position = self.order.position(self.step)
             state = checkpoint.TrainState(
                 self.step, position, self.digest, self.config.identity(), checkpoint.versions()
             )
@@ -239,20 +215,6 @@ class Trainer:
             total[1] += torch.tensor(batch.counts, device=device)
         sums, counts = self.ranks.sum(total).cpu().numpy()
         return means(self.model.config.names, sums, counts)
-
-
-class StepBatches(Dataset[list[Batch]]):
-    """The micro-batches of one rank, by step."""
-
-    def __init__(self, maker: BatchMaker, order: SampleOrder, rank: int, world: int) -> None:
-        self.maker, self.order, self.rank, self.world = maker, order, rank, world
-
-    def __getitem__(self, step: int) -> list[Batch]:
-        config = self.maker.config
-        share = config.batch_size // self.world
-        index, visits = self.order.samples(step * config.batch_size + self.rank * share, share)
-        size = config.micro_batch or share
-        return [self.maker(index[at : at + size], visits[at : at + size]) for at in range(0, share, size)]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -280,10 +242,6 @@ def _asked_to_stop(stop: Callable[[], bool] | None) -> Iterator[Callable[[], boo
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _same(item: list[Batch]) -> list[Batch]:
-    return item
 
 
 def _ignore(record: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ KeepScheme = Literal["random", "all", "binary"]
 #: Fields that may differ between a run and its resumption: they change no number of the run.
 FREE_FIELDS = frozenset(
     {"checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "eval_samples", "workers", "device"}
-    | {"activation_checkpointing"}
+    | {"activation_checkpointing", "cache_gb", "cache_dir"}
 )
 
 
@@ -89,6 +89,9 @@ class TrainConfig(_Section):
         default=None, ge=0
     )  # budgets are drawn from [min, num]; None: always num
     min_target_tokens: int | None = Field(default=None, ge=1)
+    masking: Literal["full", "reference"] = (
+        "full"  # reference: lose what cannot be used, as 4M's own code does
+    )
     mixture: tuple[MixtureComponent, ...] = Field(default_factory=default_mixture, min_length=1)
     token_init: Literal["random", "codebook"] = "random"  # codebook: similar codes of a tokenizer begin alike
     where: tuple[str, ...] = ()  # rows to train on, by scalar modalities: "clip_score >= 0.2"; all must hold
@@ -99,7 +102,15 @@ class TrainConfig(_Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on cuda, fp32 elsewhere
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory
-    workers: int = Field(default=0, ge=0)  # processes that make batches; 0: the training process itself
+    lanes: int = Field(
+        default=64, ge=1
+    )  # into which a dataset's shards are dealt; ranks x workers should divide it
+    shuffle_window: int = Field(default=8192, ge=1)  # samples of a lane that are shuffled among each other
+    cache_gb: float = Field(
+        default=100.0, gt=0
+    )  # of this machine's disk, for files of datasets on object stores
+    cache_dir: str | None = None  # None: ~/.cache/fourmill/shards
+    workers: int = Field(default=0, ge=0)  # processes that make batches; 0: a thread of the training process
     checkpoint_every: int = Field(default=200, ge=1)  # steps; the last step always makes one
     keep_checkpoints: int = Field(default=2, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -115,6 +126,14 @@ class TrainConfig(_Section):
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, more than the {self.steps} steps")
         return self
+
+    @property
+    def token_bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The least and the most input tokens of a sample, then its target tokens."""
+        highs = (self.num_input_tokens, self.num_target_tokens)
+        lows = (self.min_input_tokens, self.min_target_tokens)
+        first, second = ((high if low is None else low, high) for low, high in zip(lows, highs, strict=True))
+        return first, second
 
     @property
     def peak_lr(self) -> float:

@@ -59,7 +59,6 @@ def test_a_file_says_whose_tokens_it_has(two: list[Snapshot]) -> None:
         check_tokenizer(ours.dataset.table(name), ours.tokenizer("depth"), name)
 
 
-@pytest.mark.xfail(reason="Snapshot.column is to call check_tokenizer")
 def test_a_snapshot_refuses_a_mix(two: list[Snapshot]) -> None:
     ours: Any = two[0]
     assert ours.column(1, "depth").present.any()

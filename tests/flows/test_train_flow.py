@@ -175,9 +175,11 @@ def test_an_export_is_what_webdataset_reads(
     assert call_main("export", url, out) == 0
     assert "shards" in capsys.readouterr().out
     folders = sorted(path.name for path in out.iterdir() if path.is_dir())
-    assert folders == ["caption", "crop_settings", "depth", "det", "key", "rgb", "semseg"]
+    notes = ["tokenizers", "written"]  # what else there is to know, for an import
+    modalities = ["caption", "crop_settings", "depth", "det", "key", "rgb", "semseg", "size"]
+    assert folders == sorted([*modalities, *notes])
     read: dict[str, list[dict[str, Any]]] = {}
-    for name in folders:
+    for name in modalities:
         tars = sorted(str(path) for path in (out / name).glob("shard-*.tar"))
         pipeline = wds.WebDataset(tars, shardshuffle=False, empty_check=False).decode()
         read[name] = list(pipeline)

@@ -44,16 +44,20 @@ class FakeSnapshot:
     def keys64(self, shard: int) -> np.ndarray:
         return self.keys[shard]
 
-    def is_train(self, shard: int) -> np.ndarray:
-        return np.arange(len(self.keys[shard])) % 5 != 4
+    def in_split(self, shard: int, split: str) -> np.ndarray:
+        held_out = np.arange(len(self.keys[shard])) % 5 == 4
+        return held_out if split == "val" else ~held_out
 
-    def is_val(self, shard: int) -> np.ndarray:
-        return ~self.is_train(shard)
+    def prefetch(self, shards: list[int], modalities: list[str]) -> None:
+        """Nothing of it is remote."""
+
+    def split_sizes(self, split: str) -> np.ndarray:
+        return np.array([self.in_split(shard, split).sum() for shard in range(len(self.keys))])
 
 
 def sequence_column(cells: list[np.ndarray], present: np.ndarray, n_crops: int) -> Column:
     """``cells`` by row, then crop."""
-    offsets = np.concatenate([[0], np.cumsum([len(c) for c in cells])]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum([len(c) for c in cells])]).astype(np.int32)
     flat = np.concatenate([np.zeros(0, np.uint16), *cells]).astype(np.uint16)
     return Column(present, _NO_REASONS, n_crops, flat=flat, offsets=offsets)
 

@@ -6,25 +6,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fourmill.train.draws import Draws, LogGamma, philox4x32
+from fourmill.train.draws import GOLDEN, Draws, LogGamma, mix
 
 
 def _draws(rows: int, seed: int = 0, visit: int = 0) -> Draws:
     return Draws(seed, np.arange(rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), np.full(rows, visit))
 
 
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        (0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        (0xFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ],
-)
-def test_known_answers_of_philox(word: int, expected: tuple[int, ...]) -> None:
-    """The test vectors that come with Random123."""
-    counter = np.full(1, word, np.uint64)
-    out = philox4x32((counter,) * 4, (word, word))
-    assert tuple(int(value[0]) for value in out) == expected
+def test_known_answers_of_splitmix64() -> None:
+    """The first outputs of the published generator seeded with 0 and with 1234567: a counter that is mixed."""
+    for seed, expected in (
+        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]),
+        (1234567, [0x599ED017FB08FC85, 0x2C73F08458540FA5, 0x883EBCE5A3F27C77]),
+    ):
+        counter = np.uint64(seed) + np.arange(1, 4, dtype=np.uint64) * GOLDEN
+        assert mix(counter).tolist() == expected
 
 
 def test_a_row_does_not_depend_on_the_others_or_on_how_much_is_drawn() -> None:
@@ -60,8 +56,7 @@ def test_integers_cover_their_range() -> None:
 @pytest.mark.parametrize("alpha", [0.01, 0.5, 5.0, 1000.0])
 def test_log_gamma_has_the_distribution(alpha: float) -> None:
     gammas = LogGamma(np.array([0.0, alpha]))
-    uniforms = _draws(4000).uniform("gamma", 2)[:, None, :]
-    values = gammas.sample(np.ones((4000, 1), np.int64), uniforms)[:, 0]
+    values = gammas.sample(np.ones(4000, np.int64), _draws(4000).words("gamma", 1)[:, 0])
     # In logarithms, where alpha = 0.01 has 43 % of its mass below the smallest double.
     expected = stats.loggamma(alpha) if alpha > 0.05 else None
     if expected is not None:
@@ -71,4 +66,7 @@ def test_log_gamma_has_the_distribution(alpha: float) -> None:
 
 
 def test_alpha_zero_is_never() -> None:
-    assert LogGamma(np.zeros(1)).sample(np.zeros(3, np.int64), np.full((3, 2), 0.5)).tolist() == [-np.inf] * 3
+    assert (
+        LogGamma(np.zeros(1)).sample(np.zeros(3, np.int64), np.arange(3, dtype=np.uint64)).tolist()
+        == [-np.inf] * 3
+    )

@@ -157,7 +157,9 @@ def test_masks_are_a_function_of_seed_key_and_visit_alone() -> None:
     part = Masker(SPECS, config)(_draws().rows(few), np.ones((3, len(SPECS)), bool), {"caption": shorter})
     for name in (*GRIDS, "rgb_pixels"):
         assert np.array_equal(whole.grids[name].order, again.grids[name].order)
-        assert np.array_equal(whole.grids[name].order[few], part.grids[name].order)
+        used = part.grids[name].inputs + part.grids[name].targets
+        same = whole.grids[name].order[few] == part.grids[name].order
+        assert same[np.arange(16) < used[:, None]].all()  # what lies behind is of no use
         assert np.array_equal(whole.grids[name].inputs[few], part.grids[name].inputs)
         assert np.array_equal(whole.grids[name].targets[few], part.grids[name].targets)
     length = part.spans["caption"].targets.shape[1]

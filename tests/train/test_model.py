@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from fourmill.errors import CheckpointError
-from fourmill.train.batches import Batch, BatchMaker, Samples
+from fourmill.train.batches import Batch, BatchMaker, Slots, batch_of
 from fourmill.train.loss import loss_weights
 from fourmill.train.model import FourMill, decoder_mask
 from fourmill.train.optimizer import Optimizers
 from fourmill.train.positions import sincos_1d, sincos_2d
 from fourmill.train.presets import PRESETS, ModalitySpec, ModelConfig, model_config
+from fourmill.train.reading import Shards
 from fourmill.train_config import MixtureComponent, TrainConfig
 
 GRID = ModalitySpec("rgb", "grid", 16, 16, True, True)
@@ -33,8 +35,13 @@ def _batch(snapshot: Any, rows: int = 5) -> tuple[ModelConfig, Batch]:
     config = replace(
         model_config(CONFIG, snapshot.modalities, 64), dim=32, encoder_depth=2, decoder_depth=2, head_dim=16
     )
-    maker = BatchMaker(Samples(snapshot, config.modalities), config, CONFIG)
-    return config, maker(np.arange(rows), np.zeros(rows, np.int64))
+    shards = Shards([snapshot], config.modalities)
+    return config, BatchMaker(shards, config, CONFIG)(shards.refs(np.arange(rows)))
+
+
+def _ends(batch: Batch) -> list[int]:
+    """Where the targets of each sample end, after a 0."""
+    return [0, *batch.target_lengths.cumsum(0).tolist()]
 
 
 @pytest.mark.parametrize(
@@ -95,40 +102,54 @@ def test_predictions_cannot_see_their_labels(snapshot_of: Callable[..., Any]) ->
     config, batch = _batch(snapshot_of())
     model = FourMill(config).eval()
     caption = config.index("caption")
-    states = model.decode(batch, *model.encode(batch))
-    slots = torch.nonzero(batch.target_modality == caption)
-    row, slot = (int(v) for v in next(s for s in slots if (slots[:, 0] == s[0]).sum() > 3))
+    states = model.decode(batch, model.encode(batch))
+    ends = _ends(batch)
+    captions = [
+        [i for i in range(start, end) if batch.target_modality[i] == caption] for start, end in pairwise(ends)
+    ]
+    slots = next(slots for slots in captions if len(slots) > 3)
     other = batch.previous.clone()
-    other[row, slot + 2] = 7
+    other[slots[2]] = 7
     changed = replace(batch, previous=other, labels=torch.zeros_like(batch.labels))
-    difference = (model.decode(changed, *model.encode(changed)) - states).abs().sum(-1)
-    assert not difference[row, : slot + 2].any()
-    assert difference[row, slot + 2] > 0
-    outside = torch.nonzero(batch.target_modality[row] != caption).flatten()
-    assert not difference[row, outside].any()
+    difference = (model.decode(changed, model.encode(changed)) - states).abs().sum(-1)
+    seen = difference > 0
+    assert seen[slots[2]]
+    assert not seen[[i for i in range(len(seen)) if i not in slots[2:]]].any()
 
 
-def test_empty_slots_change_nothing(snapshot_of: Callable[..., Any]) -> None:
-    """The same samples with wider rows give the same loss; a sample without any input gives a finite one."""
+def test_samples_of_unequal_length_do_not_see_each_other(snapshot_of: Callable[..., Any]) -> None:
+    """A batch gives what its samples give one by one, each in rows that are full; without any input it is finite."""
     config, batch = _batch(snapshot_of(absent=0.3))
     model = FourMill(config).eval()
-    wide = replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (0, 5)),
-        input_modality=F.pad(batch.input_modality, (0, 5), value=-1),
-        input_positions=F.pad(batch.input_positions, (0, 5)),
-        inputs_full=False,
-    )
-    assert torch.allclose(model(wide), model(batch), atol=1e-4)
-    blind = replace(batch, input_modality=torch.full_like(batch.input_modality, -1), inputs_full=False)
-    assert torch.isfinite(model(blind)).all()
+    assert len(set(batch.input_lengths.tolist())) > 1 and len(batch.input_places)
+    ins, outs = [0, *batch.input_lengths.cumsum(0).tolist()], _ends(batch)
+    total = torch.zeros(len(config.modalities))
+    states = model.decode(batch, model.encode(batch))
+    for row in range(len(batch)):
+        given, wanted = slice(ins[row], ins[row + 1]), slice(outs[row], outs[row + 1])
+        inputs = Slots(
+            batch.input_ids[given].numpy(), batch.input_modality[given].numpy(), batch.input_positions[given].numpy(),
+            np.zeros(0, np.uint16), batch.input_lengths[row : row + 1].numpy(),
+        )  # fmt: skip
+        targets = Slots(
+            batch.labels[wanted].numpy(), batch.target_modality[wanted].numpy(), batch.target_positions[wanted].numpy(),
+            batch.previous[wanted].numpy(), batch.target_lengths[row : row + 1].numpy(),
+        )  # fmt: skip
+        alone = batch_of(inputs, targets, len(config.modalities))
+        assert not len(alone.input_places) and not len(alone.target_places)
+        assert torch.allclose(model.decode(alone, model.encode(alone)), states[wanted], atol=1e-5)
+        total += model(alone)
+    assert torch.allclose(model(batch), total, atol=1e-4)
+    empty = [np.zeros(0, dtype) for dtype in (np.uint16, np.uint8, np.int16, np.uint16)]
+    nothing = Slots(empty[0], empty[1], empty[2], empty[3], np.zeros(1, np.int32))
+    assert torch.isfinite(model(batch_of(nothing, targets, len(config.modalities)))).all()
 
 
 def test_forward_is_the_sum_of_cross_entropies(snapshot_of: Callable[..., Any]) -> None:
     config, batch = _batch(snapshot_of())
     model = FourMill(config)
     sums = model(batch)
-    states = model.decode(batch, *model.encode(batch))
+    states = model.decode(batch, model.encode(batch))
     for m, spec in enumerate(config.modalities):
         chosen = batch.target_modality == m
         logits = states[chosen] @ model.heads()[m].T

@@ -63,7 +63,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         with pytest.raises(WorkMissing, match=f"stopped at step {step} of 7"):
             on_step, stop = _stop_after(step)
             train_on(snapshot, tmp_path / "parts", config, on_step, stop=stop)
-        assert read_state(newest(tmp_path / "parts") or tmp_path).position == Position(*divmod(step * 6, 24))
+        assert read_state(newest(tmp_path / "parts") or tmp_path).position == Position(
+            step * 6, (step * 6 / 24,)
+        )
     parts = train_on(snapshot, tmp_path / "parts", config)
     assert (whole.step, whole.resumed_from, parts.resumed_from) == (7, None, 5)
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -206,7 +208,7 @@ def test_the_batch_must_be_shared_evenly(
     from fourmill.train.ranks import Ranks
     from fourmill.train.trainer import Trainer
 
-    with pytest.raises(ConfigError, match="6 samples cannot be shared by 4 ranks"):
+    with pytest.raises(ConfigError, match="6 samples of 8 lanes make 2 chunks, which 4 ranks cannot share"):
         Trainer(snapshot_of(rows=30), tmp_path, config, Ranks(0, 4, torch.device("cpu")))
     with pytest.raises(ConfigError, match="train.device: 'cuda:77' cannot be used here"):
         train_on(snapshot_of(rows=30), tmp_path, _changed(config, device="cuda:77"))
