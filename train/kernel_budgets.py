@@ -51,17 +51,18 @@ def _fits(alphas, j, n):
 
 
 @compiled
-def _draw_shares(gammas, side, component, key, n, x):
+def _draw_shares(gammas, side, component, key, as_published, n, x):
     """Logarithms of a Dirichlet draw, up to a constant, and the shares of those that may have any, up to a factor."""
     alphas, table_of, tables = gammas
     best = -np.inf
     for m in range(n.shape[1]):
         alpha, table = alphas[side, component, m], table_of[side, component, m]
         x[side, m] = log_gamma(alpha, tables, table, word_at(key, m))
-        if n[ALLOWED, m] > 0:
+        if n[ALLOWED, m] > 0 or as_published:
             best = max(best, x[side, m])
     for m in range(n.shape[1]):
-        x[2 + side, m] = math.exp(x[side, m] - best) if n[ALLOWED, m] > 0 else 0.0
+        drawn = n[ALLOWED, m] > 0 or (as_published and alphas[side, component, m] > 0)
+        x[2 + side, m] = math.exp(x[side, m] - best) if drawn else 0.0
 
 
 @compiled
@@ -120,7 +121,7 @@ def _share_out_as_published(gammas, side, component, key, total, row, n, x):
     for token in range(rest):
         chosen, highest = 0, -np.inf
         for m in range(modalities):
-            if n[ALLOWED, m] > 0:
+            if alphas[side, component, m] > 0:
                 alpha, table = alphas[side, component, m], table_of[side, component, m]
                 value = log_gamma(alpha, tables, table, word_at(key, token * modalities + m))
                 if value > highest:
@@ -151,7 +152,7 @@ def budgets(shape, gammas, weights, component_key, keys, wanted, as_published, b
         wanted[0] = min(wanted[0], usable - min(wanted[1], hideable // 2))
     for m in range(modalities):
         n[ALLOWED, m] = n[CAPACITY, m] if alphas[0, j, m] > 0 else 0
-    _draw_shares(gammas, 0, j, mix(base ^ keys[0, 1]), n, x)
+    _draw_shares(gammas, 0, j, mix(base ^ keys[0, 1]), as_published, n, x)
     if as_published:
         _share_out_as_published(gammas, 0, j, mix(base ^ keys[0, 2]), wanted[0], INPUTS, n, x)
     else:
@@ -169,7 +170,7 @@ def budgets(shape, gammas, weights, component_key, keys, wanted, as_published, b
         if shape[KIND, m] == SEQUENCE:
             free = n[CAPACITY, m] + (not as_published)
         n[ALLOWED, m] = free if n[PRESENT, m] and alphas[1, j, m] > 0 else 0
-    _draw_shares(gammas, 1, j, mix(base ^ keys[1, 1]), n, x)
+    _draw_shares(gammas, 1, j, mix(base ^ keys[1, 1]), as_published, n, x)
     if as_published:
         _share_out_as_published(gammas, 1, j, mix(base ^ keys[1, 2]), wanted[1], TARGETS, n, x)
     else:

@@ -200,7 +200,8 @@ class Masker:
 
         Rounded up or down by one random number for all (systematic sampling), so that expectations are exact and the sum
         is too. What was clamped is shared out again among the modalities that have room, until there is none. 4M's
-        own code rounds down, gives each token that is left to the largest entry of a fresh Dirichlet draw, and stops.
+        own code rounds down, gives each token that is left to the largest entry of a fresh Dirichlet draw, and loses what
+        is clamped, be it all of it.
         """
         left = total.astype(np.int64)
         for turn in range(1 if self._as_published else len(self.specs) + 1):
@@ -209,11 +210,12 @@ class Masker:
             if not active.size:
                 break
             room, rest = room[active], left[active]
-            whole = _softmax(np.where(room > 0, log_share[active], -np.inf)) * rest[:, None]
+            drawn = np.isfinite(log_share[active]) if self._as_published else room > 0
+            whole = _softmax(np.where(drawn, log_share[active], -np.inf)) * rest[:, None]
             here, purpose = draws.rows(active), f"{side}/left/{turn}"
             if self._as_published:
                 share = np.floor(whole).astype(np.int64)
-                share += self._remainder(here, purpose, component[active], room > 0, rest - share.sum(1))
+                share += self._remainder(here, purpose, component[active], drawn, rest - share.sum(1))
             else:
                 reached = np.minimum(whole.cumsum(axis=1), rest[:, None]) + here.uniform(purpose, 1)
                 share = np.diff(np.floor(reached).astype(np.int64), axis=1, prepend=0)

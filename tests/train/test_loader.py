@@ -58,7 +58,7 @@ def test_it_goes_on_from_any_step(snapshot: Any, whole: list[list[bytes]], start
 def test_state_is_that_of_the_last_step_delivered(snapshot: Any, whole: list[list[bytes]]) -> None:
     """Not of the last one prepared: a thread is ahead of whoever reads."""
     loader = _loader(snapshot)
-    steps = iter(loader)
+    steps: Any = iter(loader)
     for _ in range(4):
         next(steps)
     state = loader.state_dict()
@@ -88,7 +88,7 @@ def test_a_workers_state_goes_on_with_its_own_steps(snapshot: Any) -> None:
     """What StatefulDataLoader does in each worker: it keeps a state there and gives it back there."""
     from torch.utils.data import _utils
 
-    info = _utils.worker.WorkerInfo(id=1, num_workers=3, seed=0, dataset=None)
+    info = _utils.worker.WorkerInfo(id=1, num_workers=3, seed=0, dataset=_loader(snapshot))
     before = _utils.worker._worker_info
     try:
         _utils.worker._worker_info = info

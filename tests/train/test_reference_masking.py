@@ -60,9 +60,12 @@ def test_budgets_have_the_published_distribution(name: str) -> None:
         assert budget.std(0) == pytest.approx(np.array(figures["std"]), rel=0.12, abs=0.05)  # heavy tails
         assert np.abs((budget == 0).mean(0) - figures["fraction_zero"]).max() < 0.025
         assert budget.sum(1).mean() == pytest.approx(figures["sum_mean"], abs=3.0)
-        quantiles = np.quantile(budget, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0).T
-        wanted = np.array(figures["quantiles_5_25_50_75_95_99"])[:, :5]
-        assert (np.abs(quantiles - wanted) <= np.maximum(3, 0.15 * wanted)).all()
+        levels = np.array([0.05, 0.25, 0.5, 0.75, 0.95, 0.99])
+        quantiles = np.array(figures["quantiles_5_25_50_75_95_99"])[
+            :, None, :
+        ]  # between two values where many are equal
+        assert ((budget.T[:, :, None] < quantiles).mean(1) < levels + 0.02).all()
+        assert ((budget.T[:, :, None] <= quantiles).mean(1) > levels - 0.02).all()
         with np.errstate(invalid="ignore", divide="ignore"):
             correlation = np.nan_to_num(np.corrcoef(budget.T))
         known = np.nan_to_num(np.array(found[f"{side}_correlation"], np.float64))
