@@ -19,6 +19,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,25 +29,30 @@ from fourmill.errors import DatasetError
 from fourmill.labels import Absent
 from fourmill.modality import Modality
 
+_WITH_FOOTER = b"ARROW1"  # how a file of the other Arrow IPC format begins
 Cell = Sequence[Any] | Absent  # one value per crop, or the reason why there is none
 
 
 def write_table(table: pa.Table) -> bytes:
-    """Arrow IPC file bytes, one record batch, uncompressed: the same table gives the same bytes."""
+    """Bytes of the Arrow IPC stream format, one record batch, uncompressed: the same table gives the same bytes.
+
+    It is what `datasets.Dataset.from_file` opens, polars' ``read_ipc_stream`` and ``pyarrow.ipc.open_stream`` (and through
+    that DuckDB and pandas), and it is memory-mapped as well as the format with a footer.
+    """
     sink = io.BytesIO()
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=None)) as writer:
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=None)) as writer:
         for batch in table.combine_chunks().to_batches():
             writer.write_batch(batch)
     return sink.getvalue()
 
 
 def read_table(source: bytes | str, where: str) -> pa.Table:
-    """From bytes, or memory-mapped from a local path."""
+    """From bytes, or memory-mapped from a local path. Files of before 0.2 have a footer, and are read too."""
     try:
         if isinstance(source, bytes):
-            return pa.ipc.open_file(pa.BufferReader(source)).read_all()
+            return _read(pa.BufferReader(source))
         with pa.memory_map(source) as stream:
-            return pa.ipc.open_file(stream).read_all()
+            return _read(stream)
     except FileNotFoundError as error:
         raise DatasetError(
             f"{where} is missing, though a receipt names it; remove that receipt and build"
@@ -55,13 +61,18 @@ def read_table(source: bytes | str, where: str) -> pa.Table:
         raise DatasetError(f"{where} is damaged ({error}); remove it and its receipt, then build") from error
 
 
+def _read(stream: pa.NativeFile) -> pa.Table:
+    has_footer = stream.read_at(len(_WITH_FOOTER), 0) == _WITH_FOOTER
+    return (pa.ipc.open_file if has_footer else pa.ipc.open_stream)(stream).read_all()
+
+
 def column_table(
     modality: Modality, cells: Sequence[Cell], n_crops: int, metadata: dict[str, str]
 ) -> pa.Table:
     """The table of one shard of a modality: rows in shard order, nulls with reasons."""
     absent = np.array([isinstance(cell, Absent) for cell in cells], dtype=bool)
     mask = pa.array(absent)
-    reasons = pa.array([cell.reason if isinstance(cell, Absent) else None for cell in cells], pa.string())
+    reasons = _reasons([cell.reason if isinstance(cell, Absent) else None for cell in cells])
     value = _value_array(modality, cells, absent, mask, n_crops)
     meta = {
         "name": modality.name,
@@ -70,12 +81,21 @@ def column_table(
         "num_tokens": modality.num_tokens,
     }
     schema = pa.schema(
-        [pa.field("value", value.type), pa.field("reason", pa.string())],
+        [pa.field("value", value.type), pa.field("reason", reasons.type)],
         metadata={
             "fourmill": json.dumps({**meta, "vocab_size": modality.vocab_size, **metadata}, sort_keys=True)
         },
     )
     return pa.Table.from_arrays([value, reasons], schema=schema)
+
+
+def _reasons(texts: Sequence[str | None]) -> pa.DictionaryArray:
+    """A byte per row rather than four: there is one in every column."""
+    known = list(dict.fromkeys(text for text in texts if text is not None))
+    number = {text: i for i, text in enumerate(known)}
+    index = pa.int8() if len(known) < 128 else pa.int32()
+    codes = pa.array([None if text is None else number[text] for text in texts], index)
+    return pa.DictionaryArray.from_arrays(codes, pa.array(known, pa.string()))
 
 
 def _value_array(
@@ -136,19 +156,31 @@ class Column:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
 
-def open_column(table: pa.Table, where: str) -> Column:
-    """A table of `column_table`, as arrays that share its memory."""
+def metadata_of(table: pa.Table, where: str) -> dict[str, Any]:
+    """What a column's file says of itself. To be read only: all files of a column share it."""
+    raw = (table.schema.metadata or {}).get(b"fourmill", b"")
     try:
-        meta = json.loads(table.schema.metadata[b"fourmill"])
-    except (KeyError, TypeError, ValueError) as error:
+        return _parse(raw)
+    except (ValueError, TypeError) as error:
         raise DatasetError(
             f"{where}: has no fourmill metadata; was it written by another program?"
         ) from error
-    table = table.combine_chunks()
+
+
+@lru_cache(256)
+def _parse(raw: bytes) -> dict[str, Any]:
+    return dict(json.loads(raw))
+
+
+def open_column(table: pa.Table, where: str) -> Column:
+    """A table of `column_table`, as arrays that share its memory."""
+    meta = metadata_of(table, where)
+    if table.column("value").num_chunks > 1:
+        table = table.combine_chunks()
     value = (
         table.column("value").chunk(0) if table.num_rows else pa.array([], table.schema.field("value").type)
     )
-    present = np.asarray(value.is_valid()).astype(bool)
+    present = np.asarray(value.is_valid()).astype(bool) if value.null_count else np.ones(len(value), bool)
     n_crops, reasons = int(meta["n_crops"]), table.column("reason")
     if meta["kind"] in ("grid", "vector", "embedding"):
         flat = value.values.slice(value.offset * value.type.list_size, len(value) * value.type.list_size)

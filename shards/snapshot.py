@@ -147,6 +147,12 @@ class Snapshot:
         table = self._samples(shard, ["split", "status"])
         return _in_split(table, split) & self.is_kept(shard)
 
+    def split_rows(self, shard: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a split, int64 (n,), and the keys of all rows, uint64 (rows,)."""
+        table = self._samples(shard, ["split", "status", "key64"])
+        rows = np.flatnonzero(_in_split(table, split) & self.is_kept(shard))
+        return rows.astype(np.int64), np.ascontiguousarray(table["key64"].to_numpy(), np.uint64)
+
     def split_sizes(self, split: str) -> np.ndarray:
         """int64 (shards,): how many samples of a split each shard has. Reads no shard."""
         return np.array(

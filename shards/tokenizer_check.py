@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pyarrow as pa
 
 from fourmill.errors import DatasetError
+from fourmill.shards.arrow import metadata_of
 from fourmill.shards.receipts import SHORT
 
 
@@ -16,12 +15,7 @@ def check_tokenizer(table: pa.Table, wanted: str | None, where: str) -> None:
     ``wanted``: a tokenizer's hash, or its first digits, as a snapshot has them; None: of a column without one. ``where``
     names the file. Reads the schema's metadata, and no row.
     """
-    try:
-        found = str(json.loads((table.schema.metadata or {})[b"fourmill"]).get("tokenizer") or "")
-    except (KeyError, ValueError, AttributeError) as error:
-        raise DatasetError(
-            f"{where}: has no fourmill metadata; was it written by another program?"
-        ) from error
+    found = str(metadata_of(table, where).get("tokenizer") or "")
     expected = wanted or ""
     if found[: len(expected)] != expected or bool(found) != bool(expected):
         raise DatasetError(

@@ -194,14 +194,14 @@ def batch_of(
 
 def _places(lengths: np.ndarray, width: int) -> np.ndarray:
     """int64 (L,): where slots stand in rows of ``width``; empty where every row is full."""
-    if (lengths == width).all():
+    if int(lengths.sum()) == len(lengths) * width:
         return np.zeros(0, np.int64)
     rows, starts = np.arange(len(lengths)), np.cumsum(lengths, dtype=np.int64) - lengths
     return np.repeat(rows * width - starts, lengths) + np.arange(int(lengths.sum()))
 
 
 class BatchMaker:
-    """Makes the batch of given samples. A pure function of (samples, visits, configuration, seed).
+    """Makes the batch of given samples. A pure function of (samples, visits, configuration, seed); one thread at a time.
 
     ``compiled`` chooses the kernel; both ways give the same batches. None: the kernel where numba is installed.
     """
@@ -213,6 +213,7 @@ class BatchMaker:
         self.masker = Masker(model.modalities, config)
         self.compiled = fill is not None if compiled is None else compiled
         self._rules = rules_of(self.masker, model.modalities, config)
+        self._room = Scratch.of(model.modalities)
         self._has_pixels = any(spec.kind == "pixels" for spec in model.modalities)
 
     def __call__(self, refs: Refs) -> Batch:
@@ -222,8 +223,7 @@ class BatchMaker:
     def _by_kernel(self, refs: Refs) -> Batch:
         size = (self.config.num_input_tokens, self.config.num_target_tokens)
         out = Outputs.of(len(refs.shard), size, len(self.model.modalities))
-        room = Scratch.of(self.model.modalities)
-        num_in, num_out, sample, m, token = fill(self._rules, self.shards.pointers, out, room, *refs)
+        num_in, num_out, sample, m, token = fill(self._rules, self.shards.pointers, out, self._room, *refs)
         if sample >= 0:
             self._beyond_vocabulary(refs.shard[sample], self.model.modalities[m], token)
         inputs = Slots(

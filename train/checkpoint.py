@@ -19,7 +19,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class TrainState:
     snapshot: str
     config: dict[str, Any]  # TrainConfig.identity()
     versions: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)  # snapshots of other datasets that are mixed in
 
 
 def versions() -> dict[str, str]:
@@ -115,17 +116,26 @@ def read_state(folder: Path) -> TrainState:
         where = content["position"]
         position = Position(int(where["samples"]), tuple(float(epoch) for epoch in where["epochs"]))
         return TrainState(
-            content["step"], position, content["snapshot"], content["config"], content["versions"]
+            content["step"],
+            position,
+            content["snapshot"],
+            content["config"],
+            content["versions"],
+            content.get("others", []),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove {folder}") from error
 
 
-def check_same_run(state: TrainState, snapshot: str, config: TrainConfig, out_dir: Path) -> None:
-    """Refuse to go on with another snapshot or configuration than the run began with."""
-    if state.snapshot != snapshot:
+def check_same_run(state: TrainState, snapshots: Sequence[str], config: TrainConfig, out_dir: Path) -> None:
+    """Refuse to go on with other snapshots or another configuration than the run began with."""
+    begun, asked_for = (
+        ", ".join(digest[:12] for digest in digests)
+        for digests in ([state.snapshot, *state.others], snapshots)
+    )
+    if begun != asked_for:
         raise CheckpointError(
-            f"{out_dir} was trained on snapshot {state.snapshot[:12]}, not {snapshot[:12]}; give another output folder"
+            f"{out_dir} was trained on snapshot {begun}, not {asked_for}; give another output folder"
         )
     asked = config.identity()
     for name in sorted(asked.keys() | state.config.keys()):

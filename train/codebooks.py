@@ -1,8 +1,6 @@
-"""The codebooks of a snapshot's tokenizers, from which a model's token tables can begin."""
+"""The codebooks of the tokenizers of snapshots, from which a model's token tables can begin."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor
 
@@ -10,15 +8,17 @@ from fourmill.errors import ConfigError
 from fourmill.tokenize.base import load_codec
 from fourmill.tokenize.vqvae import VQVAE
 from fourmill.train.presets import ModelConfig
+from fourmill.train.sources import Sources
 
 
-def read_codebooks(snapshot: Any, model: ModelConfig) -> dict[str, Tensor]:
+def read_codebooks(sources: Sources, model: ModelConfig) -> dict[str, Tensor]:
     """float32 (V, D) by modality, for the grids whose tokenizer is a VQ-VAE.
 
     Raises ConfigError where a tokenizer has another vocabulary than the model's table.
     """
     found = {}
     for spec in model.modalities:
+        snapshot = sources.owner(spec.name)
         short = snapshot.tokenizer(spec.name) if spec.kind == "grid" else None
         if short is None:
             continue

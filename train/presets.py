@@ -10,6 +10,7 @@ from typing import Any
 
 from fourmill.errors import CheckpointError, ConfigError, nearest
 from fourmill.modality import Kind, Modality
+from fourmill.tokenize.metadata import CHUNK as METADATA_CHUNK
 from fourmill.train_config import TrainConfig
 
 #: Special tokens of every text-like vocabulary (4M's WordPiece, ids 0 to 203).
@@ -201,4 +202,5 @@ def _spec(modality: Modality, is_input: bool, is_target: bool, image_size: int) 
             f"{where}: sequences of {count} tokens need more than the {NUM_SENTINELS} sentinels there are"
         )
     vocab_size = 0 if kind == "pixels" else modality.vocab_size
-    return ModalitySpec(modality.name, kind, vocab_size, count, is_input, is_target)
+    chunk = METADATA_CHUNK if modality.codec == "metadata" else 1
+    return ModalitySpec(modality.name, kind, vocab_size, count, is_input, is_target, chunk)

@@ -61,7 +61,7 @@ class Shards:
         self._clock = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = {"pointers": None, "_open": None, "_used": None}
+        hidden: dict[str, Any] = {"pointers": None, "_open": None, "_used": None}
         return {**self.__dict__, **hidden}  # memory maps are opened anew in each process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,8 +103,7 @@ class Shards:
 
     def _open_one(self, number: int) -> None:
         snapshot, index = self.snapshots[self._owner[number]], int(self._number[number])
-        rows = np.flatnonzero(snapshot.in_split(index, self.split)).astype(np.int64)
-        keys64 = np.ascontiguousarray(snapshot.keys64(index), np.uint64)
+        rows, keys64 = snapshot.split_rows(index, self.split)
         columns = [
             snapshot.column(index, spec.name) if spec.name in snapshot.modalities else None
             for spec in self.specs

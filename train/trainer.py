@@ -33,6 +33,7 @@ from fourmill.train.optimizer import Optimizers
 from fourmill.train.presets import model_config
 from fourmill.train.ranks import Ranks, autocast, join
 from fourmill.train.records import OnStep, Records, StepOutcome, means
+from fourmill.train.sources import Sources
 from fourmill.train_config import TrainConfig
 
 
@@ -76,8 +77,6 @@ def train_on(
     stop: Callable[[], bool] | None = None,
 ) -> TrainResult:
     """`train` for a snapshot that is already open."""
-    if isinstance(snapshot, Snapshot):
-        snapshot = snapshot.cached(int(config.cache_gb * 2**30), config.cache_dir)
     with join(config.device) as ranks, _asked_to_stop(stop) as stopping:
         return Trainer(snapshot, Path(out_dir), config, ranks).run(on_step or _ignore, stopping)
 
@@ -87,9 +86,12 @@ class Trainer:
 
     def __init__(self, snapshot: Any, out_dir: Path, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.out_dir = config, ranks, out_dir
-        self.digest: str = snapshot.digest
-        shape = model_config(config, snapshot.modalities, snapshot.image_size)
-        self.loader = Loader([snapshot], shape, config, rank=ranks.rank, world=ranks.world)
+        sources = Sources.open(snapshot, config)
+        self.digests = sources.digests
+        shape = model_config(config, sources.modalities, sources.image_size)
+        self.loader = Loader(
+            sources.snapshots, shape, config, weights=sources.weights, rank=ranks.rank, world=ranks.world
+        )
         self.order = self.loader.order
         self.model = FourMill(shape, config.seed).to(ranks.device)
         self.model.checkpoint_blocks = config.activation_checkpointing
@@ -97,7 +99,7 @@ class Trainer:
         self.step = 0
         self.resumed_from = self._resume()
         if self.resumed_from is None and config.token_init == "codebook":
-            self.model.start_from_codebooks(read_codebooks(snapshot, shape), config.seed)
+            self.model.start_from_codebooks(read_codebooks(sources, shape), config.seed)
         self.wrapped: nn.Module = self.model
         if ranks.world > 1:
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -108,7 +110,7 @@ class Trainer:
         if folder is None:
             return None
         state = checkpoint.read_state(folder)
-        checkpoint.check_same_run(state, self.digest, self.config, self.out_dir)
+        checkpoint.check_same_run(state, self.digests, self.config, self.out_dir)
         checkpoint.restore(folder, self.model, self.optimizer)
         self.step = state.step
         if self.order.position(self.step) != state.position:
@@ -198,7 +200,12 @@ class Trainer:
         if self.ranks.is_first:
             position = self.order.position(self.step)
             state = checkpoint.TrainState(
-                self.step, position, self.digest, self.config.identity(), checkpoint.versions()
+                self.step,
+                position,
+                self.digests[0],
+                self.config.identity(),
+                checkpoint.versions(),
+                self.digests[1:],
             )
             checkpoint.save(self.out_dir, self.model, self.optimizer, state, self.config.keep_checkpoints)
         self.ranks.wait()

@@ -55,6 +55,14 @@ class MixtureComponent(_Section):
         return self.keep.get(name, "random")
 
 
+class MixedDataset(_Section):
+    """Another dataset to train on: a registered snapshot of it, and how often it is read."""
+
+    url: str
+    snapshot: str | None = None  # its digest, or the first digits; None: the only one there is
+    weight: float = Field(default=1.0, gt=0)
+
+
 def default_mixture() -> tuple[MixtureComponent, ...]:
     """Mostly RGB to everything, and everything to everything."""
     return (
@@ -95,6 +103,10 @@ class TrainConfig(_Section):
     mixture: tuple[MixtureComponent, ...] = Field(default_factory=default_mixture, min_length=1)
     token_init: Literal["random", "codebook"] = "random"  # codebook: similar codes of a tokenizer begin alike
     where: tuple[str, ...] = ()  # rows to train on, by scalar modalities: "clip_score >= 0.2"; all must hold
+    weight: float = Field(default=1.0, gt=0)  # of the configuration's own dataset, beside those of `datasets`
+    datasets: tuple[
+        MixedDataset, ...
+    ] = ()  # others to train on; a sample may lack modalities that others have
     inputs: tuple[str, ...] | None = None  # modality names; None: all that can be inputs
     targets: tuple[str, ...] | None = None  # None: all that can be targets
     loss: Literal["mod", "token"] = "mod"
@@ -105,7 +117,7 @@ class TrainConfig(_Section):
     lanes: int = Field(
         default=64, ge=1
     )  # into which a dataset's shards are dealt; ranks x workers should divide it
-    shuffle_window: int = Field(default=8192, ge=1)  # samples of a lane that are shuffled among each other
+    shuffle_window: int = Field(default=4096, ge=1)  # samples of a lane that are shuffled among each other
     cache_gb: float = Field(
         default=100.0, gt=0
     )  # of this machine's disk, for files of datasets on object stores

@@ -48,8 +48,14 @@ class FakeSnapshot:
         held_out = np.arange(len(self.keys[shard])) % 5 == 4
         return held_out if split == "val" else ~held_out
 
+    def tokenizer(self, modality: str) -> str | None:
+        return None
+
     def prefetch(self, shards: list[int], modalities: list[str]) -> None:
         """Nothing of it is remote."""
+
+    def split_rows(self, shard: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+        return np.flatnonzero(self.in_split(shard, split)).astype(np.int64), self.keys64(shard)
 
     def split_sizes(self, split: str) -> np.ndarray:
         return np.array([self.in_split(shard, split).sum() for shard in range(len(self.keys))])

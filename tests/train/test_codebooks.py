@@ -15,6 +15,7 @@ from fourmill.tokenize.vqvae import VQVAE, VQConfig
 from fourmill.train.checkpoint import load_model
 from fourmill.train.codebooks import read_codebooks
 from fourmill.train.presets import model_config
+from fourmill.train.sources import Sources
 from fourmill.train.trainer import train_on
 from fourmill.train_config import MixtureComponent, TrainConfig
 
@@ -58,7 +59,7 @@ def config(tiny_preset: str) -> TrainConfig:
 
 def test_codebooks_are_those_of_the_tokenizers(snapshot: Any, config: TrainConfig) -> None:
     shape = model_config(config, snapshot.modalities, SIZE)
-    found = read_codebooks(snapshot, shape)
+    found = read_codebooks(Sources([snapshot], [1.0]), shape)
     assert found.keys() == {"rgb", "depth"}
     codes = _codec(snapshot.modalities["rgb"], 16).code_vectors()
     assert codes.shape == (16, 6) and torch.equal(found["rgb"], codes)
@@ -90,4 +91,4 @@ def test_a_codebook_of_another_size_is_refused(snapshot: Any, config: TrainConfi
     _codec(snapshot.modalities["depth"], 8).save(snapshot.dataset.tokenizer_folder("depth", "hash of depth"))
     shape = model_config(config, snapshot.modalities, SIZE)
     with pytest.raises(ConfigError, match="has 8 codes, the snapshot's 'depth' has 16"):
-        read_codebooks(snapshot, shape)
+        read_codebooks(Sources([snapshot], [1.0]), shape)

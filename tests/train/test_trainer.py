@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fourmill.errors import CheckpointError, ConfigError, FourmillError, WorkMissing
+from fourmill.shards.snapshot import Snapshot
 from fourmill.train import checkpoint
 from fourmill.train.__main__ import main
 from fourmill.train.checkpoint import load_model, newest, read_state
@@ -270,3 +271,30 @@ def test_the_command_reports_errors_in_one_line(tmp_path: Path, capsys: pytest.C
     assert main(["no-such-configuration", "--out", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_training_on_several_datasets(
+    snapshot_of: SnapshotOf, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them without depth. The checkpoint names both, and going on with another one is refused."""
+    own, other, third = snapshot_of(rows=60), snapshot_of(rows=40, seed=3), snapshot_of(rows=40, seed=4)
+    other.digest, third.digest = "a" * 64, "b" * 64
+    del other.modalities["depth"]
+    known = {"there": other, "elsewhere": third}
+    monkeypatch.setattr(Snapshot, "load", staticmethod(lambda url, digest=None: known[url]))
+    mixed = _changed(config, datasets=({"url": "there", "weight": 0.5},))
+    mixed = TrainConfig.model_validate(mixed.model_dump())
+    with pytest.raises(WorkMissing):
+        on_step, stop = _stop_after(3)
+        train_on(own, tmp_path / "out", mixed, on_step, stop=stop)
+    state = read_state(newest(tmp_path / "out") or tmp_path)
+    assert (state.snapshot, state.others) == ("f" * 64, ["a" * 64])
+    assert len(state.position.epochs) == 2
+    known["there"] = third
+    with pytest.raises(CheckpointError, match="was trained on snapshot f{12}, a{12}, not f{12}, b{12}"):
+        train_on(own, tmp_path / "out", mixed)
+    known["there"] = other
+    assert train_on(own, tmp_path / "out", mixed).step == 7
+    other.modalities["rgb"] = other.modalities["rgb"].resolved(vocab_size=32)
+    with pytest.raises(ConfigError, match="tokens of 'rgb' in a{12} are not those of f{12}: grid, 32 ids"):
+        train_on(own, tmp_path / "again", mixed)
