@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -130,6 +131,7 @@ def information_bytes(snapshot: Snapshot) -> float:
 @contextmanager
 def S3Endpoint(folder: Path) -> Iterator[str]:
     """The files of a folder behind the S3 protocol on loopback: the URL."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

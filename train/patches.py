@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fourmill.train.reading import Shards
 
 _MOST_THREADS = 8
+_PORTION = 8  # pictures that a thread takes at a time
 
 
 def read_patches(
@@ -51,23 +52,29 @@ def read_patches(
             image = decode_crop(blob, spec.side * PATCH_SIZE)
         except ContractError as error:
             raise shards.damaged(int(shard[b]), f"row {rows[b]} of {spec.name}: {error}") from error
-        out[begin:end] = cut_patches(image, positions[slots[begin:end]])
+        np.take(cut_patches(image), positions[slots[begin:end]], axis=0, out=out[begin:end], mode="clip")
 
-    for _ in _threads().map(read, stretches):
-        pass  # raises what a thread raised
+    todo = list(stretches)
+    pool = _threads()
+    if pool is None:
+        for stretch in todo:
+            read(stretch)
+    else:
+        portions = [todo[at : at + _PORTION] for at in range(0, len(todo), _PORTION)]
+        for _ in pool.map(lambda portion: [read(stretch) for stretch in portion], portions):
+            pass  # raises what a thread raised
     return out, slots
 
 
-def cut_patches(image: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-    """The patches uint8 (P, 768) at ``positions`` (None: all) of a picture uint8 (S, S, 3), row by row."""
+def cut_patches(image: np.ndarray) -> np.ndarray:
+    """All patches uint8 (P, 768) of a picture uint8 (S, S, 3), row by row."""
     side = image.shape[0] // PATCH_SIZE
-    places = np.arange(side * side) if positions is None else positions
-    down, across = np.divmod(places, side)
-    grid = image.reshape(side, PATCH_SIZE, side, PATCH_SIZE, 3)
-    return grid[down, :, across].reshape(len(places), -1)
+    grid = image.reshape(side, PATCH_SIZE, side, PATCH_SIZE * 3)
+    return grid.swapaxes(1, 2).reshape(side * side, -1)
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    """Decoders release the interpreter's lock. One pool for all loaders of a process."""
-    return ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))), "decode")
+def _threads() -> ThreadPoolExecutor | None:
+    """Decoders release the interpreter's lock. One pool for all loaders of a process; None where there is one core."""
+    cores = len(os.sched_getaffinity(0))
+    return ThreadPoolExecutor(min(_MOST_THREADS, cores), "decode") if cores > 1 else None

@@ -29,6 +29,7 @@ class OpenShard:
     keys64: np.ndarray
     columns: list[Column | None]  # by modality; None: its dataset does not have it
     crops: int
+    pictures: dict[str, tuple[np.ndarray, memoryview]]  # of pixels: where they begin, and their bytes
 
 
 class Shards:
@@ -108,8 +109,11 @@ class Shards:
             snapshot.column(index, spec.name) if spec.name in snapshot.modalities else None
             for spec in self.specs
         ]
-        opened = OpenShard(rows, keys64, columns, int(snapshot.n_crops))
+        opened = OpenShard(rows, keys64, columns, int(snapshot.n_crops), {})
         self._check(number, opened)
+        for spec, column in zip(self.specs, columns, strict=True):
+            if column is not None and column.blobs is not None:
+                opened.pictures[spec.name] = _pictures(column.blobs)
         self._open[number] = opened
         pointers = self.pointers
         pointers.rows[number], pointers.keys64[number] = _address(rows), _address(keys64)
@@ -150,7 +154,7 @@ class Shards:
                         (np.diff(offsets) >= 0).all() and offsets[0] >= 0 and offsets[-1] <= len(flat)
                     )
             elif spec.kind == "pixels":
-                fits &= column.blobs is not None and len(column.blobs) >= cells
+                fits &= column.blobs is not None and len(column.blobs) == cells
             else:
                 tokens = column.tokens
                 fits &= tokens is not None and tokens.shape == (keys, opened.crops, spec.num_tokens)
@@ -241,9 +245,16 @@ class Shards:
     def blob(self, shard: int, name: str, row: int, crop: int) -> memoryview:
         """The bytes of one picture, where they lie."""
         opened = self._open[shard]
-        column = self._column(opened, name)
-        assert column is not None and column.blobs is not None
-        return memoryview(column.blobs[row * opened.crops + crop].as_buffer())
+        offsets, data = opened.pictures[name]
+        cell = row * opened.crops + crop
+        return data[offsets[cell] : offsets[cell + 1]]
+
+
+def _pictures(blobs: Any) -> tuple[np.ndarray, memoryview]:
+    """Where the pictures of an Arrow binary array begin and end, and all their bytes."""
+    _, offsets, data = blobs.buffers()
+    where = np.frombuffer(offsets, np.int32)[blobs.offset : blobs.offset + len(blobs) + 1]
+    return where, memoryview(data if data is not None else b"")
 
 
 def _address(array: np.ndarray | None) -> int:

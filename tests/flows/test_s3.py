@@ -141,9 +141,11 @@ def test_training_from_s3(tmp_path: Path, bucket: str, local: tuple[Path, dict[s
         device="cpu",
         num_input_tokens=32,
         num_target_tokens=32,
+        cache_dir=str(tmp_path / "cache"),
     )
     snapshot = make_snapshot(config)
     trained = train_on(snapshot, tmp_path / "run", brief)
+    assert any((tmp_path / "cache").iterdir()), "files of the store are kept on this machine"
     assert trained.step == 2 and (trained.checkpoint / "model.safetensors").is_file()
     same = train_on(make_snapshot(small_config(folder, modalities, count=12)), tmp_path / "same", brief)
     assert same.loss == trained.loss, "the same snapshot, wherever it is kept"
