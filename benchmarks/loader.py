@@ -352,7 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--reference", type=Path, help="a checkout of apple/ml-4m")
     parser.add_argument("--litdata", help="a Python that has litdata")
-    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--samples", type=int, default=60_000)
     parser.add_argument("--only", default="abcdefghi", help="letters of the cases")
     options = parser.parse_args()
     torch.set_num_threads(1)

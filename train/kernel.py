@@ -127,17 +127,20 @@ def _write_sequence(text, row, m, skip, count, at, ids, modality, positions):
 @compiled
 def _write_grid(tokens_at, width, order, skip, m, count, at, ids, modality, positions):
     """``tokens_at`` 0: pixels, which have no ids. Returns the highest token."""
-    tokens = carray(_pointer(tokens_at), (width,), np.uint16)
-    highest = np.uint16(0)
-    for i in range(count):
-        place = order[skip + i]
-        token = np.uint16(0)
-        if tokens_at:
-            token = tokens[place]
-            highest = max(highest, token)
-        ids[at + i] = token
+    for i in range(count):  # one array at a time, so that several places are written at once
         modality[at + i] = m
-        positions[at + i] = place
+    for i in range(count):
+        positions[at + i] = order[skip + i]
+    highest = np.uint16(0)
+    if tokens_at:
+        tokens = carray(_pointer(tokens_at), (width,), np.uint16)
+        for i in range(count):
+            token = tokens[order[skip + i]]
+            ids[at + i] = token
+            highest = max(highest, token)
+    else:
+        for i in range(count):
+            ids[at + i] = 0
     return np.int64(highest)
 
 

@@ -62,7 +62,9 @@ class Loader(IterableDataset[list[Batch]]):
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of step ``number``, from 0."""
         refs = self.order.step(number, self.rank, self.world)
-        self.shards.prefetch(self.order.take_soon())
+        soon = self.order.take_soon()
+        if len(soon):
+            self.shards.prefetch(soon)
         size = self.config.micro_batch or len(refs.shard)
         return [
             self.maker(Refs(*(column[at : at + size] for column in refs)))

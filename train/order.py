@@ -90,8 +90,8 @@ class Order:
                 f"{world} ranks cannot share; choose train.lanes and train.batch_size as multiples of the ranks"
             )
         first = number * self.chunks
-        parts = [self._chunk(first + chunk) for chunk in range(rank, self.chunks, world)]
-        return Refs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        pieces = [piece for chunk in range(rank, self.chunks, world) for piece in self._chunk(first + chunk)]
+        return Refs(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
     def take_soon(self) -> np.ndarray:
         """int64: shards of the windows that were entered since the last call and of those after them, to be fetched ahead."""
@@ -114,7 +114,7 @@ class Order:
         """int64: the shards that a lane reads from, of all datasets."""
         return np.unique(np.concatenate([dataset.parts[lane].shard for dataset in self._datasets]))
 
-    def _chunk(self, number: int) -> Refs:
+    def _chunk(self, number: int) -> list[tuple[np.ndarray, ...]]:
         turn, lane = divmod(number, self.lanes)
         if len(self._datasets) == 1:
             return self._datasets[0].lane(lane).take(turn * self.chunk, self.chunk)
@@ -213,26 +213,22 @@ class _Lane:
         self.parts, self.window, self.key, self.soon = parts, window, key, soon
         self.total = int(parts.length.sum())
         self._at = (-1, -1)  # epoch and window of what follows
-        self._shard = self._place = np.zeros(0, np.int64)
+        self._shard = self._place = self._visit = np.zeros(0, np.int64)
 
-    def take(self, start: int, count: int) -> Refs:
-        """Samples ``start .. start + count`` of the lane's endless sequence."""
+    def take(self, start: int, count: int) -> list[tuple[np.ndarray, ...]]:
+        """Samples ``start .. start + count`` of the lane's endless sequence: shards, places and visits, piece by piece."""
         pieces = []
         while count:
             epoch, place = divmod(start, self.total)
             window, begin = divmod(place, self.window)
-            self._enter(epoch, window)
+            if self._at != (epoch, window):
+                self._enter(epoch, window)
             end = min(begin + count, len(self._shard))
-            visit = np.full(end - begin, epoch, np.int64)
-            pieces.append((self._shard[begin:end], self._place[begin:end], visit))
+            pieces.append((self._shard[begin:end], self._place[begin:end], self._visit[begin:end]))
             start, count = start + end - begin, count - (end - begin)
-        if len(pieces) == 1:
-            return Refs(*pieces[0])
-        return Refs(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+        return pieces
 
     def _enter(self, epoch: int, window: int) -> None:
-        if self._at == (epoch, window):
-            return
         key = int(mix(np.array([(self.key + epoch) % 2**64], np.uint64))[0])
         parts = _Parts(*(column[_shuffle(len(self.parts.shard), key)] for column in self.parts))
         ends = np.cumsum(parts.length)
@@ -241,6 +237,7 @@ class _Lane:
         part = np.searchsorted(ends, place, side="right")
         self._shard = parts.shard[part]
         self._place = parts.first[part] + place - (ends - parts.length)[part]
+        self._visit = np.full(high - low, epoch, np.int64)
         self._at = (epoch, window)
         until = np.searchsorted(ends, min(high + self.window, self.total) - 1, side="right")
         self.soon.append(parts.shard[np.searchsorted(ends, low, side="right") : until + 1])
