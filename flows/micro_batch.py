@@ -138,7 +138,10 @@ def _unpacked(values: Mapping[str, list[Cell] | _Packed], *others: Any) -> Micro
             made[name] = list(cells)
         else:
             made[name] = column
-    return MicroResult(made, *others)
+    result = MicroResult(made, *others)
+    # Arrays from the object store may not be written to, and rows of these will be set aside.
+    result.measured = {name: measures.copy() for name, measures in result.measured.items()}
+    return result
 
 
 #: the key of what specialists are tried on, which no source has

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -69,6 +69,10 @@ class Measures:
     bins: tuple[str, ...]
     shares: np.ndarray
     seen: np.ndarray
+
+    def copy(self) -> Measures:
+        """The same in arrays of its own."""
+        return replace(self, values=self.values.copy(), shares=self.shares.copy(), seen=self.seen.copy())
 
     @classmethod
     def none(cls, rows: int) -> Measures:

@@ -169,7 +169,10 @@ def metadata_of(table: pa.Table, where: str) -> dict[str, Any]:
 
 @lru_cache(256)
 def _parse(raw: bytes) -> dict[str, Any]:
-    return dict(json.loads(raw))
+    found = json.loads(raw)
+    if not isinstance(found, dict):
+        raise TypeError("not a map")
+    return found
 
 
 def open_column(table: pa.Table, where: str) -> Column:

@@ -17,8 +17,7 @@ def write_sums(store: Store, folder: str, later: Sequence[Path]) -> None:
     """Sums of what lies in the folder and of what will, unless they were written before."""
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in later}
     sums |= {name: _sum(store, f"{folder}/{name}") for name in store.names(folder) if name != SUMS}
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-    store.put_if_absent(f"{folder}/{SUMS}", "".join(lines).encode())
+    store.put_if_absent(f"{folder}/{SUMS}", _text(sums))
 
 
 def check_tokenizer(store: Store, folder: str, short: str) -> Iterator[tuple[str, str]]:
@@ -33,9 +32,15 @@ def check_tokenizer(store: Store, folder: str, short: str) -> Iterator[tuple[str
     for line in raw.decode(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         sums[name] = digest
+    if _text(sums) != raw:
+        yield f"{folder}/{SUMS}", "is damaged: it is not as it was written"
     for name in sorted({*there, *sums}):
         if there.get(name) != sums.get(name):
             yield f"{folder}/{name}", "is missing" if name not in there else f"is not what {SUMS} says"
+
+
+def _text(sums: dict[str, str]) -> bytes:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
 
 
 def _sum(store: Store, name: str) -> str:

@@ -26,6 +26,7 @@ from fourmill.train.presets import EOS
 from fourmill.train.rules import (
     ALLOWED,
     CHUNK,
+    EVERYWHERE,
     FIRST,
     GRID_ORDER,
     HIDDEN,
@@ -100,7 +101,9 @@ def _read(shape, keys, present_at, values_at, offsets_at, shard, row, cell, base
     """Presence and lengths, and the sequences themselves. Returns modality and value of a token beyond its vocabulary."""
     for m in range(n.shape[1]):
         n[REAL, m] = n[LENGTH, m] = 0
-        if present_at[shard, m]:
+        if present_at[shard, m] == EVERYWHERE:
+            n[REAL, m] = 1
+        elif present_at[shard, m]:
             n[REAL, m] = carray(_pointer(present_at[shard, m]), (row + 1,), np.uint8)[row] != 0
         if not n[REAL, m]:
             continue
@@ -155,14 +158,25 @@ def _locate(rows_at, keys64_at, crops, crop_key, shards, places, visits, out_row
 
 
 @compiled
-def _fetch_cell(shape, values_at, shard, cell):
-    """Memory is slow: ask for a sample's grids while the one before is masked."""
+def _fetch_cell(shape, values_at, offsets_at, shard, cell):
+    """Memory is slow: ask for a sample's grids, and for where its sequences are, while others are masked."""
     for m in range(shape.shape[1]):
-        if shape[KIND, m] != SEQUENCE and values_at[shard, m]:
+        if shape[KIND, m] == SEQUENCE and offsets_at[shard, m]:
+            _fetch(offsets_at[shard, m] + np.uint64(4 * cell))
+        elif values_at[shard, m]:
             size = np.uint64(2 * shape[TOKENS, m])
             start = values_at[shard, m] + np.uint64(cell) * size
             for line in range(start, start + size, _LINE):
                 _fetch(line)
+
+
+@compiled
+def _fetch_sequences(shape, values_at, offsets_at, shard, cell):
+    """The sequences themselves, once it is known where they are."""
+    for m in range(shape.shape[1]):
+        if shape[KIND, m] == SEQUENCE and offsets_at[shard, m]:
+            first = np.int64(carray(_pointer(offsets_at[shard, m]), (cell + 1,), np.int32)[cell])
+            _fetch(values_at[shard, m] + np.uint64(2 * first))
 
 
 @compiled
@@ -188,9 +202,14 @@ def fill(rules, pointers, out, room, shards, places, visits):
     for b in range(len(shards)):
         shard, row, base = shards[b], out_row[b], bases[b]
         cell = row * crops[shard] + out_crop[b]
+        if b + 2 < len(shards):
+            after = shards[b + 2]
+            _fetch_cell(shape, values_at, offsets_at, after, out_row[b + 2] * crops[after] + out_crop[b + 2])
         if b + 1 < len(shards):
             after = shards[b + 1]
-            _fetch_cell(shape, values_at, after, out_row[b + 1] * crops[after] + out_crop[b + 1])
+            _fetch_sequences(
+                shape, values_at, offsets_at, after, out_row[b + 1] * crops[after] + out_crop[b + 1]
+            )
         wrong, value = _read(
             shape, own_keys, present_at, values_at, offsets_at, shard, row, cell, base, n, text
         )

@@ -15,7 +15,7 @@ from fourmill.errors import DatasetError
 from fourmill.shards.arrow import Column
 from fourmill.train.order import Refs
 from fourmill.train.presets import ModalitySpec
-from fourmill.train.rules import Pointers
+from fourmill.train.rules import EVERYWHERE, Pointers
 
 #: the kernel of Linux allows a process 65,530 maps; other parts of it need some too
 MOST_MAPS = 16_384
@@ -120,7 +120,8 @@ class Shards:
         pointers.crops[number] = opened.crops
         for m, column in enumerate(columns):
             if column is not None:
-                pointers.present[number, m] = _address(column.present)
+                everywhere = bool(column.present.all())
+                pointers.present[number, m] = EVERYWHERE if everywhere else _address(column.present)
                 values = column.flat if column.tokens is None else column.tokens
                 pointers.values[number, m] = _address(values)
                 pointers.offsets[number, m] = _address(column.offsets)

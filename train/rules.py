@@ -19,6 +19,7 @@ GRID, SEQUENCE, PIXELS = range(3)  # vectors are read and masked as grids are
 KIND, TOKENS, VOCABULARY, CHUNK = range(4)  # rows of `Rules.shape`
 GRID_ORDER, KEEP, CUT, SHUFFLE, TRY = range(5)  # rows of `Rules.own_keys`
 REAL, PRESENT, LENGTH, CAPACITY, ALLOWED, INPUTS, TARGETS, FIRST = range(8)  # rows of `Scratch.numbers`
+EVERYWHERE = 1  # in place of an address in `Pointers.present`: no row lacks the modality
 IDS, SHOWN, HIDDEN = range(3)  # rows of `Scratch.text`
 
 
@@ -48,7 +49,7 @@ class Pointers(NamedTuple):
     rows: np.ndarray  # uint64 (S,): int64, the rows of the split
     keys64: np.ndarray  # uint64 (S,): uint64, by row
     crops: np.ndarray  # int64 (S,): how many crops a row has
-    present: np.ndarray  # uint64 (S, M): bool, by row
+    present: np.ndarray  # uint64 (S, M): bool, by row; or EVERYWHERE
     values: np.ndarray  # uint64 (S, M): uint16, tokens by row and crop, or of all sequences end to end
     offsets: np.ndarray  # uint64 (S, M): int32, where the sequence of (row, crop) begins
 

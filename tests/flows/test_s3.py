@@ -151,7 +151,8 @@ def test_training_from_s3(tmp_path: Path, bucket: str, local: tuple[Path, dict[s
     assert same.loss == trained.loss, "the same snapshot, wherever it is kept"
 
 
-@pytest.mark.parametrize("place", [PLAIN, "flaky s3"], indirect=True)
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["s3", "flaky s3"], indirect=True)
 def test_damage_is_found_and_repaired(place: str, local: tuple[Path, dict[str, Any]]) -> None:
     folder, modalities = local
     config = small_config(place, modalities, count=12)

@@ -128,6 +128,7 @@ def contents(tar: Path) -> list[bytes]:
         return [opened.extractfile(info).read() for info in opened]  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 def test_training_starts_on_it(imported: Imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
