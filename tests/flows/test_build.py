@@ -261,7 +261,7 @@ def test_too_many_rows_without_a_value_park_the_shard(
     assert data_files(url) == data_files(whole)
 
 
-@pytest.mark.long  # the same without Ray, and with a store that fails, is in test_failures and test_s3
+@pytest.mark.long  # half a minute
 @pytest.mark.ray
 def test_a_file_that_cannot_be_read_parks_its_shard_alone(
     tmp_path: Path, given: dict[str, Any], cluster: None
