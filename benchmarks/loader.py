@@ -144,6 +144,9 @@ def against_reference(snapshot: Snapshot, reference: Path | None, room: Path) ->
     script, tree = str(HERE / "loader_reference.py"), str(room / "tree")
     if reference is not None:
         subprocess.run([sys.executable, script, "--make", tree, "--samples", "4000"], check=True)
+    steady = Steps(loader_of(snapshot))
+    for _ in range(4):
+        steady()  # until all shards are open
     for repeats, aim in ((1, 400), (4, 300)):
         name = f"a reference, {repeats} repeat{'s' * (repeats > 1)}"
         if reference is None:
@@ -163,7 +166,7 @@ def against_reference(snapshot: Snapshot, reference: Path | None, room: Path) ->
             ]
             shares = peer(sys.executable, script, *arguments)
             theirs.append(shares["samples_per_cpu_s"])
-            ours.append(rate(Steps(loader_of(snapshot))))
+            ours.append(rate(steady))
         ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
         found[name] = {
             "ours_per_s": round(median(ours)), "other_per_s": round(median(theirs), 1), "ratio": round(median(ratios), 1),
@@ -188,8 +191,13 @@ def against_others(snapshot: Snapshot, litdata: str | None, room: Path) -> dict[
             arrays[name], arrays[f"{name}.offsets"] = column.flat, column.offsets
     np.savez(tokens, **arrays)
     subprocess.run([litdata, script, "--make", folder, "--samples", "5000", "--tokens", tokens], check=True)
-    theirs = [peer(litdata, script, "--data", folder, "--rounds", "2")["samples_per_cpu_s"] for _ in range(3)]
-    ours = [rate(Steps(loader_of(snapshot))) for _ in range(3)]
+    theirs = [
+        peer(litdata, script, "--data", folder, "--rounds", "10")["samples_per_cpu_s"] for _ in range(3)
+    ]
+    steady = Steps(loader_of(snapshot))
+    for _ in range(4):
+        steady()  # until all shards are open
+    ours = [rate(steady) for _ in range(3)]
     ratio = median(ours) / median(theirs)
     row = {
         "ours_per_s": round(median(ours)),
@@ -201,10 +209,9 @@ def against_others(snapshot: Snapshot, litdata: str | None, room: Path) -> dict[
 
 
 def in_a_thread(snapshot: Snapshot) -> dict[str, Any]:
+    steps = iter(loader_of(snapshot))
+
     def threaded() -> int:
-        loader = loader_of(snapshot)
-        steps = iter(loader)
-        next(steps)
         return sum(len(batch) for _ in range(4 * STEPS) for batch in next(steps))
 
     return {
