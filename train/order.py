@@ -217,7 +217,7 @@ class _Lane:
 
     def take(self, start: int, count: int) -> list[tuple[np.ndarray, ...]]:
         """Samples ``start .. start + count`` of the lane's endless sequence: shards, places and visits, piece by piece."""
-        pieces = []
+        pieces: list[tuple[np.ndarray, ...]] = []
         while count:
             epoch, place = divmod(start, self.total)
             window, begin = divmod(place, self.window)

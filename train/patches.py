@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
@@ -54,14 +54,17 @@ def read_patches(
             raise shards.damaged(int(shard[b]), f"row {rows[b]} of {spec.name}: {error}") from error
         np.take(cut_patches(image), positions[slots[begin:end]], axis=0, out=out[begin:end], mode="clip")
 
+    def read_all(some: Iterable[tuple[int, int]]) -> None:
+        for stretch in some:
+            read(stretch)
+
     todo = list(stretches)
     pool = _threads()
     if pool is None:
-        for stretch in todo:
-            read(stretch)
+        read_all(todo)
     else:
         portions = [todo[at : at + _PORTION] for at in range(0, len(todo), _PORTION)]
-        for _ in pool.map(lambda portion: [read(stretch) for stretch in portion], portions):
+        for _ in pool.map(read_all, portions):
             pass  # raises what a thread raised
     return out, slots
 
