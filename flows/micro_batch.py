@@ -134,8 +134,7 @@ def _unpacked(values: Mapping[str, list[Cell] | _Packed], *others: Any) -> Micro
     for name, column in values.items():
         if isinstance(column, _Packed):
             parts = iter(column.parts)
-            cells = [n if isinstance(n, Absent) else list(islice(parts, n)) for n in column.rows]
-            made[name] = list(cells)
+            made[name] = [n if isinstance(n, Absent) else list(islice(parts, n)) for n in column.rows]
         else:
             made[name] = column
     result = MicroResult(made, *others)

@@ -7,8 +7,8 @@ beside a file is not renewed when another file changes that the code was inlined
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
+from fourmill.shards.receipt_cache import cache_folder
 from fourmill.train.draws import GOLDEN, TO_UNIT, LogGamma
+
+_log = logging.getLogger("fourmill.train")
 
 HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 _ONE, _POINTS = np.uint64(1), LogGamma.POINTS
@@ -27,21 +30,26 @@ _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 def compiled(function: Callable[..., Any]) -> Any:
     """The function as machine code that holds no lock; it is compiled when it is first called."""
+    folder = _folder()
     before = config.CACHE_DIR
-    config.CACHE_DIR = str(_folder())
+    config.CACHE_DIR = str(folder or "")
     try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
+        return njit(nogil=True, cache=folder is not None, error_model="numpy")(function)
     finally:
         config.CACHE_DIR = before
 
 
 @cache
-def _folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _folder() -> Path | None:
+    """None where this machine has no place for it: the code is then compiled in each process."""
     sources = sorted(Path(__file__).resolve().parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    folder = root / "fourmill" / "compiled" / digest[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder() / "compiled" / digest[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _log.warning("compiled code cannot be kept, every process compiles for itself: %s", error)
+        return None
     return folder
 
 

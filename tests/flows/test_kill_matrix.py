@@ -6,7 +6,6 @@ and no more is done twice than the design says.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -66,13 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     photos = root / "photos"
     write_images(photos, [f"{index:02d}.png" for index in range(ROWS)])
     source = {"kind": "folder", "path": str(photos)}
-    # boxes from a file: a specialist that loads no network is back in half the time, and dies in the same ways
-    boxes = write_coco(root / "boxes.json", [f"{index:02d}.png" for index in range(ROWS)])
-    plain: dict[str, Any] = {
-        "caption": {},
-        "det": {"labeler": "imported_det", "url": str(boxes)},
-        "rgb_pixels": {},
-    }
+    plain: dict[str, Any] = {"caption": {}, "det": {"model": "shipped:det"}, "rgb_pixels": {}}
     expected = root / "expected"
     with without_ray():
         fitted = small_config(root / "fitted", plain, source=source, shard_size=SHARD)
@@ -110,18 +103,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     finally:
         kill_all(head.pid)
         head.wait()
-
-
-def write_coco(path: Path, names: list[str]) -> Path:
-    """A box in each image, of one of two classes."""
-    images = [{"id": i, "file_name": name, "width": 64, "height": 64} for i, name in enumerate(names)]
-    boxes = [
-        {"id": i, "image_id": i, "category_id": i % 2, "bbox": [i, 2 * i % 40, 20, 10 + i % 7]}
-        for i, _ in enumerate(names)
-    ]
-    kinds = [{"id": 0, "name": "sphere"}, {"id": 1, "name": "box"}]
-    path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": kinds}))
-    return path
 
 
 def run(world: World, config: Path, cwd: Path) -> int:

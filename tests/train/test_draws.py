@@ -70,3 +70,16 @@ def test_alpha_zero_is_never() -> None:
         LogGamma(np.zeros(1)).sample(np.zeros(3, np.int64), np.arange(3, dtype=np.uint64)).tolist()
         == [-np.inf] * 3
     )
+
+
+def test_compiled_code_that_cannot_be_kept_is_said_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fourmill.train import compiled
+
+    compiled._folder.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such/place")
+    assert compiled._folder() is None and "compiled code cannot be kept" in caplog.text
+    twice = compiled.compiled(lambda number: 2 * number)
+    assert twice(21) == 42
+    compiled._folder.cache_clear()
