@@ -54,18 +54,19 @@ SHIPPED = ("depth", "normal", "semseg", "det", "clip")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images per run of each side (a: per window); the engine's shards have ``shard`` rows."""
+    """Images per run of each side (a: per window); the engine's shards have ``shard`` rows (c: ``shard_c``)."""
 
     pairs: int = 7
     a: int = 128
     b: int = 320
-    engine: int = 1536  # of c, as are the next two: each side runs for some seconds
+    engine: int = 4096  # of c, as are the next two: each side runs for some seconds
     chain: int = 512
     passes: int = 384
     shard: int = 128
+    shard_c: int = 512  # half the default: a commit's share of a row's cost is what it is in a real dataset
 
 
-QUICK = Sizes(pairs=1, a=32, b=48, engine=64, chain=64, passes=64, shard=32)
+QUICK = Sizes(pairs=1, a=32, b=48, engine=64, chain=64, passes=64, shard=32, shard_c=32)
 BATCH = {"a": 16, "b": 8, "c": 16}  # micro-batches; b's take a second
 
 
@@ -110,12 +111,18 @@ class Bench:
         return folder
 
     def config(
-        self, images: Path, side: int, modalities: dict[str, Any], batch: int, **engine: Any
+        self,
+        images: Path,
+        side: int,
+        modalities: dict[str, Any],
+        batch: int,
+        shard: int | None = None,
+        **engine: Any,
     ) -> Config:
         content = {
             "dataset": str(self.root / "none"),
             "source": {"kind": "folder", "path": str(images)},
-            "shard_size": self.sizes.shard,
+            "shard_size": shard or self.sizes.shard,
             "decode": {"shorter_side": side},
             "image_size": 128,
             "modalities": modalities,
@@ -217,7 +224,12 @@ def case_c(bench: Bench) -> list[Row]:
     modalities = {name: bench.trivial(name) for name in TRIVIAL}
     engine, chain, passes = (
         bench.config(
-            write_images(bench.fresh("images"), count, 512), 512, modalities, BATCH["c"], replicas=bench.cores
+            write_images(bench.fresh("images"), count, 512),
+            512,
+            modalities,
+            BATCH["c"],
+            sizes.shard_c,
+            replicas=bench.cores,
         )
         for count in (sizes.engine, sizes.chain, sizes.passes)
     )

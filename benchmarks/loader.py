@@ -329,7 +329,7 @@ def pixels(room: Path) -> dict[str, Any]:
                                                                     default_input_alpha=0.0),)})  # fmt: skip
     snapshot = make_dataset(room / "pixels", 512, {**SEVEN, "rgb_pixels": ("pixels", 0, 196)})
     loader = loader_of(snapshot, config)
-    blobs = [bytes(snapshot.column(0, "rgb_pixels").cells(row)) for row in range(256)]
+    blobs = [bytes(snapshot.column(0, "rgb_pixels").cells(row)) for row in range(512)] * 2
 
     def bare() -> int:
         for blob in blobs:
@@ -337,7 +337,7 @@ def pixels(room: Path) -> dict[str, Any]:
         return len(blobs)
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    return {"i pixels": {**pairs(Steps(loader, 1), bare), "aim": 0.9}}
+    return {"i pixels": {**pairs(Steps(loader, 4), bare), "aim": 0.9}}
 
 
 def show(rows: dict[str, Any]) -> None:
