@@ -178,9 +178,10 @@ def against_reference(snapshot: Snapshot, reference: Path | None, room: Path) ->
 def against_others(snapshot: Snapshot, litdata: str | None, room: Path) -> dict[str, Any]:
     plain = loader_of(snapshot, compiled=False)
     found: dict[str, Any] = {"b without numba": pairs(Steps(loader_of(snapshot)), Steps(plain, 4))}
+    layouts = {"b litData, arrays (1, n)": ["--by-crop"], "b litData, arrays (n,)": []}
     if litdata is None:
-        return {**found, "b litData, reading": {"aim": 12}}
-    script, tokens, folder = str(HERE / "loader_litdata.py"), str(room / "tokens.npz"), str(room / "litdata")
+        return {**found, **{name: {"aim": 12} for name in layouts}}
+    script, tokens = str(HERE / "loader_litdata.py"), str(room / "tokens.npz")
     arrays: dict[str, np.ndarray] = {}
     for name in SEVEN:
         column = snapshot.column(0, name)
@@ -190,22 +191,25 @@ def against_others(snapshot: Snapshot, litdata: str | None, room: Path) -> dict[
             assert column.flat is not None and column.offsets is not None
             arrays[name], arrays[f"{name}.offsets"] = column.flat, column.offsets
     np.savez(tokens, **arrays)
-    subprocess.run([litdata, script, "--make", folder, "--samples", "5000", "--tokens", tokens], check=True)
-    theirs = [
-        peer(litdata, script, "--data", folder, "--rounds", "10")["samples_per_cpu_s"] for _ in range(3)
-    ]
     steady = Steps(loader_of(snapshot))
     for _ in range(4):
         steady()  # until all shards are open
-    ours = [rate(steady) for _ in range(3)]
-    ratio = median(ours) / median(theirs)
-    row = {
-        "ours_per_s": round(median(ours)),
-        "other_per_s": round(median(theirs)),
-        "ratio": round(ratio, 1),
-        "aim": 12,
-    }
-    return {**found, "b litData, reading": row}
+    for number, (name, shape) in enumerate(layouts.items()):
+        data = str(room / f"litdata-{number}")
+        making = [litdata, script, "--make", data, "--samples", "5000", "--tokens", tokens, *shape]
+        subprocess.run(making, check=True)
+        reading = [litdata, script, "--data", data, "--rounds", "10"]
+        theirs, ours = [], []
+        for _ in range(3):
+            theirs.append(peer(*reading)["samples_per_cpu_s"])
+            ours.append(rate(steady))
+        found[name] = {
+            "ours_per_s": round(median(ours)),
+            "other_per_s": round(median(theirs)),
+            "ratio": round(median(a / b for a, b in zip(ours, theirs, strict=True)), 1),
+            "aim": 12,
+        }
+    return found
 
 
 def in_a_thread(snapshot: Snapshot) -> dict[str, Any]:

@@ -4,8 +4,9 @@
     litenv/bin/python benchmarks/loader_litdata.py --make DIR --samples 5000 --tokens tokens.npz
     litenv/bin/python benchmarks/loader_litdata.py --data DIR --rounds 2
 
-The first writes samples in litData's chunks: a dict of 1-D uint16 arrays each, which it stores without headers and reads about
-three times as fast as arrays of more dimensions. In the npz, an array (rows, tokens) is one modality; an array with another beside
+The first writes samples in litData's chunks: a dict of uint16 arrays each. ``--by-crop`` gives them the shape (1, n), as tokenizers
+do that make n tokens of each crop; without it they have one dimension, which litData stores without headers and reads two to
+three times as fast. In the npz, an array (rows, tokens) is one modality; an array with another beside
 it named "<name>.offsets" (rows + 1) is flat, of sequences of any length. Rows are taken over and over if there are fewer than
 ``--samples``. The second goes over all samples in shuffled order, once unmeasured and then ``--rounds`` times, in the process
 itself, one thread, no batches, no masking: the least that a loader built on it would pay. The last line is JSON:
@@ -36,8 +37,8 @@ OFFSETS = ".offsets"
 Arrays = dict[str, np.ndarray]
 
 
-def sample_of(row: int, arrays: Arrays, rows: int) -> Arrays:
-    """The uint16 arrays of one sample."""
+def sample_of(row: int, arrays: Arrays, rows: int, by_crop: bool) -> Arrays:
+    """The uint16 arrays of one sample, of shape (n,) or (1, n)."""
     row %= rows
     sample = {}
     for name, values in arrays.items():
@@ -45,11 +46,12 @@ def sample_of(row: int, arrays: Arrays, rows: int) -> Arrays:
             continue
         offsets = arrays.get(name + OFFSETS)
         tokens = values[row] if offsets is None else values[offsets[row] : offsets[row + 1]]
-        sample[name] = np.ascontiguousarray(tokens, np.uint16)
+        tokens = np.ascontiguousarray(tokens, np.uint16)
+        sample[name] = tokens[None] if by_crop else tokens
     return sample
 
 
-def make(folder: Path, samples: int, tokens: Path) -> None:
+def make(folder: Path, samples: int, tokens: Path, by_crop: bool) -> None:
     """Litdata's own way of writing; it leaves index.json and chunk-*.bin in ``folder``."""
     with np.load(tokens) as stored:
         arrays = dict(stored)
@@ -58,7 +60,7 @@ def make(folder: Path, samples: int, tokens: Path) -> None:
         os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = cache
         from litdata import optimize  # type: ignore[import-not-found]
 
-        sample = partial(sample_of, arrays=arrays, rows=rows)
+        sample = partial(sample_of, arrays=arrays, rows=rows, by_crop=by_crop)
         optimize(sample, list(range(samples)), str(folder), chunk_bytes=CHUNK, num_workers=1)
 
 
@@ -69,7 +71,7 @@ def read(folder: Path, rounds: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     dataset = StreamingDataset(str(folder), shuffle=True)
-    values = sum(len(tokens) for sample in dataset for tokens in sample.values())
+    values = sum(tokens.size for sample in dataset for tokens in sample.values())
     begin, samples = time.process_time(), 0
     for epoch in range(rounds):
         dataset.set_epoch(epoch + 2)
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--make", type=Path, metavar="DIR", help="write litData's chunks there")
     parser.add_argument("--samples", type=int, default=5000, help="how many to write")
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="the npz that holds their tokens")
+    parser.add_argument("--by-crop", action="store_true", help="arrays of shape (1, n) instead of (n,)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="what --make wrote")
     parser.add_argument("--rounds", type=int, default=2, help="epochs that are timed")
     options = parser.parse_args()
@@ -91,7 +94,7 @@ def main() -> None:
         if options.tokens is None:
             parser.error("--make needs --tokens")
         with redirect_stdout(stderr):
-            make(options.make, options.samples, options.tokens)
+            make(options.make, options.samples, options.tokens, options.by_crop)
     elif options.data:
         with redirect_stdout(stderr):
             result = read(options.data, options.rounds)
