@@ -14,7 +14,7 @@ padding, and index lists for the heads.
 (f) Resuming in mid-epoch among 12 million samples: from an open snapshot to the first batch.
 (g) From an S3 endpoint on loopback, once the cache is warm, against the local folder.
 (h) Anonymous memory over an epoch.
-(i) Pixels: crops decoded for the patches that masks keep, against the bare decoder.
+(i) Pixels: JPEG crops decoded for the patches that masks keep, against decoders alone: Pillow's, and the one that we use.
 
 Sides take turns in alternating order; a ratio is the median of the pairs' ratios. The last line is JSON.
 """
@@ -22,6 +22,7 @@ Sides take turns in alternating order; a ratio is the median of the pairs' ratio
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -36,8 +37,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import simplejpeg
 import torch
 from loader_data import MOD21, SEVEN, S3Endpoint, information_bytes, make_dataset, mixture_21
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -325,21 +328,21 @@ def memory(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def pixels(room: Path) -> dict[str, Any]:
-    from fourmill.tokenize.pixels import decode_crop
-
     config = CONFIG.model_copy(update={"mixture": (MixtureComponent(input_alphas={"rgb_pixels": 1000.0},
                                                                     default_input_alpha=0.0),)})  # fmt: skip
     snapshot = make_dataset(room / "pixels", 512, {**SEVEN, "rgb_pixels": ("pixels", 0, 196)})
-    loader = loader_of(snapshot, config)
-    blobs = [bytes(snapshot.column(0, "rgb_pixels").cells(row)) for row in range(512)] * 2
+    blobs = [bytes(snapshot.column(0, "rgb_pixels").cells(row)) for row in range(512)]
 
-    def bare() -> int:
-        for blob in blobs:
-            decode_crop(blob, 224)
-        return len(blobs)
+    def bare(decode: Callable[[bytes], Any]) -> Callable[[], int]:
+        return lambda: sum(decode(blob) is not None for blob in blobs)
 
+    decoders: dict[str, Callable[[bytes], Any]] = {
+        "i pixels, Pillow": lambda blob: np.asarray(Image.open(io.BytesIO(blob))),
+        "i pixels, simplejpeg": lambda blob: simplejpeg.decode_jpeg(blob, "RGB"),
+    }
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    return {"i pixels": {**pairs(Steps(loader, 4), bare), "aim": 0.9}}
+    steps = Steps(loader_of(snapshot, config), 4)
+    return {name: {**pairs(steps, bare(decode)), "aim": 0.9} for name, decode in decoders.items()}
 
 
 def show(rows: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,6 +72,35 @@ def test_noise_of_any_size_comes_back(patches: int, seed: int, format: str) -> N
     crop = np.random.default_rng(seed).integers(0, 256, (patches, patches, 3), dtype=np.uint8)
     value = stored(crop, format=format, lossless=format == "webp", patch_size=1)
     assert np.array_equal(decode_crop(value, patches), crop)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(0, 2**32),
+    st.sampled_from(["RGB", "L"]),
+    st.integers(1, 100),
+    st.sampled_from([0, 1, 2]),
+    st.booleans(),
+)
+def test_a_jpeg_has_the_pixels_that_pillow_sees(
+    side: int, seed: int, mode: str, quality: int, subsampling: int, progressive: bool
+) -> None:
+    values = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    options: dict[str, Any] = {} if mode == "L" else {"subsampling": subsampling}
+    Image.fromarray(values).convert(mode).save(
+        stream, "JPEG", quality=quality, progressive=progressive, **options
+    )
+    with Image.open(stream) as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(decode_crop(stream.getvalue(), side), expected)
+
+
+def test_a_jpeg_in_an_arrow_file_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = stored(smooth_crop(64), format="jpeg")
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("Pillow decoded it"))
+    assert np.array_equal(decode_crop(memoryview(pa.py_buffer(value)), 64), decode_crop(value, 64))
 
 
 def test_pixels_that_begin_like_a_file() -> None:
