@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from fourmill.errors import ConfigError, DatasetError
 from fourmill.train.batches import Batch
@@ -74,39 +74,28 @@ def test_workers_give_the_same_batches(snapshot: Any, whole: list[list[bytes]]) 
     assert _all(_loader(snapshot, workers=2), 1) == whole[1:]
 
 
-def test_spawned_workers_of_a_plain_dataloader(snapshot: Any, whole: list[list[bytes]]) -> None:
-    """As anybody would use it: one tensor for each batch, every step by one worker."""
-    loader = DataLoader(_loader(snapshot), None, num_workers=2, multiprocessing_context="spawn")
-    found = []
-    for packed in loader:
-        assert all(tensor.dtype == torch.uint8 for tensor in packed)
-        found.append(_content([Batch.from_bytes(tensor) for tensor in packed]))
-    assert found == whole
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_dataloader_goes_on(snapshot: Any, whole: list[list[bytes]], workers: int) -> None:
+    """It asks each worker for its state, and gives it back to the worker of that number. A batch comes as one tensor."""
 
+    def loader() -> StatefulDataLoader[Any]:
+        context = "spawn" if workers else None
+        return StatefulDataLoader(
+            _loader(snapshot), None, num_workers=workers, multiprocessing_context=context
+        )
 
-def test_a_workers_state_goes_on_with_its_own_steps(snapshot: Any) -> None:
-    """What StatefulDataLoader does in each worker: it keeps a state there and gives it back there."""
-    from torch.utils.data import _utils
+    def content(step: list[Any]) -> list[bytes]:
+        assert not workers or all(part.dtype == torch.uint8 for part in step)
+        return _content([Batch.from_bytes(part) if workers else part for part in step])
 
-    info = _utils.worker.WorkerInfo(id=1, num_workers=3, seed=0, dataset=_loader(snapshot))
-    before = _utils.worker._worker_info
-    try:
-        _utils.worker._worker_info = info
-        loader = _loader(snapshot)
-        steps = iter(loader)
-        first = [next(steps), next(steps)]  # steps 1 and 4
-        state = loader.state_dict()
-        rest = list(steps)
-        again = _loader(snapshot)
-        again.load_state_dict(state)
-        assert [_bytes(step) for step in again] == [_bytes(step) for step in rest]
-        assert len(first) + len(rest) == 4
-    finally:
-        _utils.worker._worker_info = before
-
-
-def _bytes(step: list[torch.Tensor]) -> list[bytes]:
-    return [tensor.numpy().tobytes() for tensor in step]
+    before = iter(loader_before := loader())
+    found = [content(next(before)) for _ in range(5)]
+    state = loader_before.state_dict()
+    del before, loader_before
+    after = loader()
+    after.load_state_dict(state)
+    assert found + [content(step) for step in after] == whole
 
 
 @pytest.mark.parametrize("world", [2, 4])
