@@ -239,12 +239,13 @@ class Snapshot:
         """A registered snapshot, by its digest or the first digits of it; the only one if None."""
         dataset = Dataset(url)
         names = [n for n in dataset.store.names("snapshots") if n.startswith(digest or "")]
+        if not names and not digest:
+            raise DatasetError(f"{url}: no snapshot is registered; `fourmill snapshot {url}` takes one")
         if len(names) != 1:
-            what = (
-                f"{len(names)} snapshots match {digest!r}" if digest else f"there are {len(names)} snapshots"
-            )
+            what = f"{len(names)} snapshots match {digest!r}" if digest else f"it has {len(names)} snapshots"
+            shown = names or dataset.store.names("snapshots")
             raise DatasetError(
-                f"{url}: {what}; name one of: {', '.join(n[:12] for n in names) or 'none registered'}"
+                f"{url}: {what}; name one of: {', '.join(n[:12] for n in shown) or 'none is registered'}"
             )
         raw = dataset.store.read(f"snapshots/{names[0]}")
         if sha256(raw) != names[0].removesuffix(".json"):

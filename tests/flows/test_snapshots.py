@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from small_builds import ORACLES, call_main, data_files, small_config, without_ray
 
+from fourmill.errors import DatasetError
 from fourmill.flows.build import BuildOptions, build
 from fourmill.flows.exporting import export_dataset
 from fourmill.shards.dataset import Dataset
@@ -39,12 +40,17 @@ def taken(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str,
 
 
 def test_take_list_and_release(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DatasetError, match=f"no snapshot is registered; `fourmill snapshot {url}` takes one"):
+        Snapshot.load(str(url))
     (whole,) = taken(capsys, url)
     assert (whole["shards"], whole["rows"], whole["chosen"]) == (3, 12, 12)
     assert taken(capsys, url) == [whole], "the same shards are the same snapshot"
     (some,) = taken(capsys, url, "-m", "depth", "--where", "normal_vs_depth < 90")
     assert some["modalities"] == ["depth", "normal_vs_depth"] and some["where"] == ["normal_vs_depth < 90"]
     assert {one["digest"] for one in taken(capsys, url, "--list")} == {whole["digest"], some["digest"]}
+    for digest in (None, "0123"):
+        with pytest.raises(DatasetError, match=f"name one of: .*{some['digest'][:12]}"):
+            Snapshot.load(str(url), digest)
     assert call_main("snapshot", url, "--release", some["digest"][:8]) == 0
     assert taken(capsys, url, "--list") == [whole]
     assert call_main("snapshot", url, "--release", "0123") == 1
