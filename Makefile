@@ -23,7 +23,7 @@ demo: $(STAMP) ## run the main job on rendered scenes: nothing to download, no a
 	$(BIN)/fourmill demo
 
 test: $(STAMP) ## run the tests (about 10 minutes on 2 cores)
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not long" --durations=10
+	$(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not long" --durations=10
 
 test-long: $(STAMP) ## run every test
 	$(BIN)/pytest -q

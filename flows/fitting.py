@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fourmill.errors import SourceError
 from fourmill.flows.engine import device_of
@@ -14,7 +17,8 @@ from fourmill.flows.fit_encoder import with_encoder
 from fourmill.flows.fit_labels import fit_labels, scratch_folder
 from fourmill.flows.fit_pictures import PICTURE, reconstructions
 from fourmill.flows.fit_workers import FitJob, fit_on_workers
-from fourmill.flows.resolve import ORIGIN, Resolved, Wanted, fit_origin
+from fourmill.flows.progress import say
+from fourmill.flows.resolve import ORIGIN, Resolved, Wanted, fit_origin, fitted_tokenizer
 from fourmill.shards.dataset import SAMPLES, Dataset
 from fourmill.tokenize.base import codecs, load_codec
 from fourmill.tokenize.fit import fit_codec
@@ -56,13 +60,35 @@ def fit_tokenizers(
         elif needs_labels(resolved.wanted[name]):
             options = {**resolved.config.fit.options(), "seed": resolved.config.seed, **options}
         scratch = scratch_folder(resolved, dataset, name, shards)
-        folder = _fit(resolved, dataset, name, shards, options, scratch, on_fit)
-        origin = fit_origin(resolved.wanted[name], resolved.config)
-        (folder / ORIGIN).write_text(json.dumps(origin, sort_keys=True))
-        short = dataset.add_tokenizer(name, folder)
-        shutil.rmtree(scratch)
+        with _alone_in(scratch, name):
+            short = fitted_tokenizer(dataset, resolved.wanted[name], resolved.config)
+            if short is None:  # otherwise another process has fitted it
+                folder = _fit(resolved, dataset, name, shards, options, scratch, on_fit)
+                origin = fit_origin(resolved.wanted[name], resolved.config)
+                (folder / ORIGIN).write_text(json.dumps(origin, sort_keys=True))
+                short = dataset.add_tokenizer(name, folder)
+            if scratch.exists():
+                shutil.rmtree(scratch)
         if name in texts and vocabulary is None:
             vocabulary = dataset.tokenizer_folder(name, short)
+
+
+@contextmanager
+def _alone_in(scratch: Path, name: str) -> Iterator[None]:
+    """Two builds of one dataset would fit in the same folder: the second waits until the first is done, or dead."""
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    path = scratch.with_name(f"{scratch.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{name}: another process fits its tokenizer; waiting for it")
+        lock.acquire()
+    try:
+        yield
+        path.unlink(missing_ok=True)  # who still waits for this file finds the tokenizer
+    finally:
+        lock.release()
 
 
 def _fit(

@@ -277,11 +277,8 @@ def _with_tokenizer(wanted: Wanted, config: Config) -> Wanted:
     except ConfigError:  # not built yet: nothing was fitted
         with_encoder(None, wanted.name, given.options)
         return wanted
-    origin = fit_origin(wanted, config)
-    for short in dataset.tokenizers(wanted.name):
-        raw = dataset.store.read_if_exists(f"tokenizers/{wanted.name}/{short}/{ORIGIN}")
-        if raw is not None and json.loads(raw) == origin:
-            return use_tokenizer(wanted, dataset.tokenizer_folder(wanted.name, short), config.image_size)
+    if (short := fitted_tokenizer(dataset, wanted, config)) is not None:
+        return use_tokenizer(wanted, dataset.tokenizer_folder(wanted.name, short), config.image_size)
     with_encoder(dataset, wanted.name, given.options)
     return wanted
 
@@ -313,6 +310,16 @@ def _inside(codec: Codec) -> dict[str, str]:
     if not isinstance(inner, Codec) or inner.license is None:
         return {}
     return {"tokenizer": str(published), "tokenizer_license": inner.license}
+
+
+def fitted_tokenizer(dataset: Dataset, wanted: Wanted, config: Config) -> str | None:
+    """The short hash of the dataset's tokenizer that was fitted as the configuration asks for."""
+    origin = fit_origin(wanted, config)
+    for short in dataset.tokenizers(wanted.name):
+        raw = dataset.store.read_if_exists(f"tokenizers/{wanted.name}/{short}/{ORIGIN}")
+        if raw is not None and json.loads(raw) == origin:
+            return short
+    return None
 
 
 def fit_origin(wanted: Wanted, config: Config) -> dict[str, Any]:
@@ -369,6 +376,7 @@ __all__ = [
     "Resolved",
     "Wanted",
     "fit_origin",
+    "fitted_tokenizer",
     "recipe_diff",
     "resolve",
     "use_tokenizer",

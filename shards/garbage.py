@@ -30,7 +30,7 @@ _DATA = re.compile(rf"(?P<what>samples|(?:tokens|labels)/{_NAME})/shard-\d{{6,}}
 _TOKENIZER = re.compile(rf"(?P<what>tokenizers/{_NAME})/(?P<short>{_HEX})/[^/]+")
 _PARKED = re.compile(rf"parked/(?P<column>{_NAME})/(?P<short>{_HEX})/shard-(?P<shard>\d{{6,}})\.[^/]+\.json")
 _FIT = re.compile(
-    rf"(?P<what>fits/{_NAME})-[0-9a-f]+/.+"
+    rf"(?P<what>fits/{_NAME})-[0-9a-f]+(?:/.+|\.lock)"
 )  # the state and labels of a fit that nobody went on with
 _TEMPORARY = re.compile(r"(?:[^/]+/)*\.(?:.+\.[0-9a-f]{12}\.tmp|(?:probe|clock)-[0-9a-f]{16})")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path) -> None:
         build(config, BuildOptions(fit_only=True, fitted=()))  # nothing but the dataset itself
         with pytest.raises(RuntimeError, match="stopped in step 20"):
             _fit(config, stop_at=20)
-        left = {file.name for file in next((tmp_path / "data/fits").iterdir()).iterdir()}
+        left = {file.name for file in next((tmp_path / "data/fits").glob("*/labels-64")).parent.iterdir()}
         assert {"labels-64", "labels-96"} < left
         steps = _fit(config)
         assert steps == [30], "it began behind step 20"
@@ -79,6 +80,22 @@ def test_an_interrupted_fit_goes_on(tmp_path: Path) -> None:
     wanted = resolve(config).wanted["depth"]
     folder = next((tmp_path / "data/tokenizers/depth").iterdir())
     assert load_codec(folder, wanted.modality, 96).modality.num_tokens == 36
+
+
+def test_two_builds_at_once_fit_a_tokenizer_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would work in the same folder, which the first to end removes: the other waits, and finds the tokenizer."""
+    fit = {"preset": "demo", "steps": 30, "samples": 8, "batch_size": 4, "checkpoint_minutes": 0}
+    config = small_config(tmp_path / "data", {"depth": ORACLES["depth"]}, fit=fit)
+    with without_ray():
+        build(config, BuildOptions(fit_only=True, fitted=()))
+        with pytest.raises(RuntimeError, match="stopped in step 20"):
+            _fit(config, stop_at=20)
+        with ThreadPoolExecutor(2) as pool:
+            steps = sorted(len(run) for run in pool.map(lambda _: _fit(config), range(2)))
+    assert steps[0] == 0 < steps[1]
+    assert "depth: another process fits its tokenizer; waiting for it" in capsys.readouterr().out
+    assert len(fitted(tmp_path / "data")["depth"]) == 1
+    assert not list((tmp_path / "data" / "fits").iterdir())
 
 
 def _fit(config: Any, stop_at: int = 0) -> list[int]:
