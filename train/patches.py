@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _MOST_THREADS = 8
 _PORTION = 8  # pictures that a thread takes at a time
 _STRIP = f"V{3 * PATCH_SIZE}"  # a row of a patch's pixels
+_Picture = tuple[
+    int, int, ModalitySpec, tuple[int, int, int]
+]  # its slots' begin and end, what, (shard, row, crop)
 
 
 def read_patches(
@@ -47,9 +50,9 @@ def read_patches(
     cells = zip(shard[whose].tolist(), rows[whose].tolist(), crops[whose].tolist(), strict=True)
     named = [specs[m] for m in modality[slots[first]].tolist()]
     ends = [*first[1:].tolist(), len(slots)] if len(slots) else []
-    todo = list(zip(first.tolist(), ends, named, cells, strict=True))
+    todo: list[_Picture] = list(zip(first.tolist(), ends, named, cells, strict=True))
 
-    def read(picture: tuple[int, int, ModalitySpec, tuple[int, int, int]]) -> None:
+    def read(picture: _Picture) -> None:
         begin, end, spec, (number, row, crop) = picture
         try:
             image = decode_crop(shards.blob(number, spec.name, row, crop), spec.side * PATCH_SIZE)
@@ -57,7 +60,7 @@ def read_patches(
             raise shards.damaged(number, f"row {row} of {spec.name}: {error}") from error
         copy_patches(image, where[begin:end], out[begin:end])
 
-    def read_all(some: Iterable[tuple[int, int, ModalitySpec, tuple[int, int, int]]]) -> None:
+    def read_all(some: Iterable[_Picture]) -> None:
         for picture in some:
             read(picture)
 
