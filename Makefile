@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the main job on rendered scenes: nothing to download, no account, no GPU
 	$(BIN)/fourmill demo
 
-test: $(STAMP) ## run the tests (about 10 minutes on 2 cores)
+test: $(STAMP) ## run the tests (about 9 minutes on 2 cores)
 	$(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not long" --durations=10
 
 test-long: $(STAMP) ## run every test

@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 
-#: take minutes and have few tests: begun last, one would keep its worker when the others have nothing left to do
-FIRST = ("test_kill_matrix.py", "test_failures.py", "test_generate.py", "test_kill.py")
+#: takes minutes and has few tests: begun last, it would keep one worker when the other has nothing left to do
+FIRST = "test_kill_matrix.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many tests go first, as pytest-xdist orders them by itself, but for some."""
+    """Files with many tests go first, as pytest-xdist orders them by itself, but for one."""
     count = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name not in FIRST, -count[item.path]))
+    items.sort(key=lambda item: (item.path.name != FIRST, -count[item.path]))
