@@ -217,11 +217,9 @@ def in_a_thread(snapshot: Snapshot) -> dict[str, Any]:
     steps = iter(loader_of(snapshot))
 
     def threaded() -> int:
-        return sum(len(batch) for _ in range(4 * STEPS) for batch in next(steps))
+        return sum(len(batch) for _ in range(EPOCH) for batch in next(steps))
 
-    return {
-        "c thread": {**pairs(threaded, Steps(loader_of(snapshot), 4 * STEPS), time.perf_counter), "aim": 0.9}
-    }
+    return {"c thread": {**pairs(threaded, Steps(loader_of(snapshot), EPOCH), time.perf_counter), "aim": 0.9}}
 
 
 def real_share(snapshot: Snapshot, room: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The codec family "pixels": a crop <-> the bytes of a small image file, or its pixels as they are. Nothing to fit.
 
-WebP is smallest; JPEG is somewhat larger and decoded in a third of the time; raw pixels take ten times the room and next to
+WebP is smallest; JPEG is somewhat larger and decoded in a quarter of the time; raw pixels take ten times the room and next to
 no time. PNG, and WebP where it is ``lossless``, change no pixel. `decode_crop` reads all of them, whoever wrote them.
 """
 

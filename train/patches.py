@@ -76,9 +76,8 @@ def read_patches(
 
 def cut_patches(image: np.ndarray) -> np.ndarray:
     """All patches uint8 (P, 768) of a picture uint8 (S, S, 3), row by row."""
-    side = image.shape[0] // PATCH_SIZE
-    grid = image.reshape(side, PATCH_SIZE, side, PATCH_SIZE * 3)
-    return grid.swapaxes(1, 2).reshape(side * side, -1)
+    strips = _strips(image.shape[0] // PATCH_SIZE)
+    return image.reshape(-1).view(_STRIP)[strips].view(np.uint8)
 
 
 def copy_patches(image: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:

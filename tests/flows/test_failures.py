@@ -110,7 +110,7 @@ print("SAID", json.dumps(said))
 CONTRACT = LabelContract(form="map", dtype="float32", low=0.0, high=255.0)
 
 
-def run_driver(tmp_path: Path, *contents: dict[str, Any], timeout: int = 500) -> list[str]:
+def run_driver(tmp_path: Path, *contents: dict[str, Any], timeout: int = 280) -> list[str]:
     """Build each configuration, all in one Ray session; what each said at its end."""
     packages = tmp_path / "packages"
     info = packages / "moody-1.0.dist-info"
@@ -150,8 +150,6 @@ def reasons_of(url: Path, name: str) -> dict[str, str]:
 def data_of(url: Path, name: str) -> dict[str, bytes]:
     return {path.name.split(".")[0]: path.read_bytes() for path in (url / "labels" / name).iterdir()}
 
-
-pytestmark = pytest.mark.timeout(600)  # of the builds that all tests share, beside other tests with Ray
 
 AT = {"00000001": "raise", "00000003": "nan", "00000006": "shape", "00000010": "short", "00000012": "kill"}
 ENGINE = {"batch_size": 4, "device": "cpu", "batch_deadline_s": 2, "replicas": 1}

@@ -69,6 +69,7 @@ def test_orphans_go_and_nothing_else(dataset: Dataset, next_week: None) -> None:
         put_shard(dataset, 2, b"no receipt", commit=False),
         dataset.put_data("samples", 0, b"x", "arrow"),
         dataset.put_data("labels/depth", 0, b"x", "tar"),
+        "fits/depth-0123456789abcdef.lock",
         "fits/depth-0123456789abcdef/state.safetensors",
         "fits/depth-0123456789abcdef/labels/00.npy",
         ".probe-0123456789abcdef",
